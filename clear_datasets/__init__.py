@@ -1,0 +1,40 @@
+"""Curate instruction-tuning data with the very LLM that is going to be fine-tuned.
+
+``ds.map(clear_datasets.score, batched=True)`` works as it stands: the module's `score` is that of a default `Clear()`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clear_datasets.confidence import BSDetector
+from clear_datasets.decide import above, curated, decide, threshold
+from clear_datasets.formats import Chat, Columns, Example, infer
+from clear_datasets.similarity import LLM, NLI, Embedding, Jaccard
+from clear_datasets.steps import Clear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "NLI",
+    "BSDetector",
+    "Chat",
+    "Clear",
+    "Columns",
+    "Embedding",
+    "Example",
+    "Jaccard",
+    "above",
+    "curated",
+    "decide",
+    "infer",
+    "score",
+    "threshold",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "score":  # made when asked for, so that CLEAR_MODEL is read then
+        return Clear().score
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,287 @@
+"""``clear-datasets``: score and curate from the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clear_datasets import Clear
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_EXAMPLES = """Examples:
+
+  clear-datasets score train.jsonl -o scored.jsonl --model Qwen/Qwen2.5-7B-Instruct
+
+  clear-datasets curate 'data/*.parquet' -o curated.parquet --model ./checkpoint --keep 0.6
+
+  clear-datasets curate tatsu-lab/alpaca --split train -o curated/ --model Qwen/Qwen2.5-7B-Instruct
+
+Exit codes: 0 done, 1 wrong input or settings, 2 wrong usage, 3 no row could be scored."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+_console = Console(stderr=True)
+
+
+class _Failed(str, Enum):
+    keep = "keep"
+    drop = "drop"
+    error = "raise"
+
+
+_Source = Annotated[str, typer.Argument(metavar="SRC", help="Hub id, file or glob (.jsonl .json .csv .parquet), or folder.")]
+_Out = Annotated[Path, typer.Option("--output", "-o", help="Where to write: .jsonl, .json, .csv, .parquet, or a folder.")]
+_Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder or .gguf file.", envvar="CLEAR_MODEL")]
+_ModelRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+_Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset or folder (default: its only one).")]
+_Config = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
+_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N rows only.")]
+_BatchSize = Annotated[int, typer.Option(min=1, help="Rows handed to the engine at a time.")]
+_Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
+_Input = Annotated[str | None, typer.Option(help="Column that follows the prompt.")]
+_Response = Annotated[str | None, typer.Option(help="Column of the target.")]
+_System = Annotated[str | None, typer.Option(help="Column of the system message.")]
+_K = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
+
+
+@app.callback(epilog=_EXAMPLES)
+def main() -> None:
+    """Curate instruction-tuning data with the very LLM that is going to be fine-tuned (CLEAR)."""
+
+
+@app.command(epilog=_EXAMPLES)
+def score(
+    src: _Source,
+    out: _Out,
+    model: _Model,
+    model_revision: _ModelRevision = None,
+    split: _Split = None,
+    config: _Config = None,
+    revision: _Revision = None,
+    limit: _Limit = None,
+    batch_size: _BatchSize = 64,
+    prompt: _Prompt = None,
+    input: _Input = None,
+    response: _Response = None,
+    system: _System = None,
+    samples: _K = 5,
+) -> None:
+    """Add confidence columns to every row of SRC."""
+    _check_out(out)
+    with _clear_errors():
+        rows = _load(src, split, config, revision, limit)
+        clear = _clear(model, model_revision, samples, prompt, response, input, system)
+        scored = _score(rows, clear, batch_size)
+        _write(scored, out)
+        _summary(scored, out, clear, None)
+
+
+@app.command(epilog=_EXAMPLES)
+def curate(
+    src: _Source,
+    out: _Out,
+    model: _Model,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")] = 0.5,
+    gamma: Annotated[float | None, typer.Option(help="A fixed threshold in place of --keep.")] = None,
+    failed: Annotated[_Failed, typer.Option(help="What becomes of rows without a score.")] = _Failed.keep,
+    model_revision: _ModelRevision = None,
+    split: _Split = None,
+    config: _Config = None,
+    revision: _Revision = None,
+    limit: _Limit = None,
+    batch_size: _BatchSize = 64,
+    prompt: _Prompt = None,
+    input: _Input = None,
+    response: _Response = None,
+    system: _System = None,
+    samples: _K = 5,
+) -> None:
+    """Keep the rows of SRC whose confidence is above a threshold.
+
+    OUT has the kept rows in SRC's own columns. Every row with its scores and decision stands beside it, in
+    OUT.audit.parquet.
+    """
+    from clear_datasets.decide import curated, decide, threshold
+
+    _check_out(out)
+    with _clear_errors():
+        rows = _load(src, split, config, revision, limit)
+        clear = _clear(model, model_revision, samples, prompt, response, input, system)
+        scored = _score(rows, clear, batch_size)
+        cut = threshold(scored, keep) if gamma is None else gamma
+        decided = scored.map(decide(cut, failed.value), batched=True)
+        _write(decided, out.with_name(out.name + ".audit.parquet"))
+        _write(curated(decided).select_columns(rows.column_names), out)
+        _summary(decided, out, clear, cut)
+
+
+def _clear(model: str, revision: str | None, k: int, prompt: str | None, response: str | None,
+           input: str | None, system: str | None) -> Clear:  # fmt: skip
+    from clear_datasets import BSDetector, Clear, Columns
+
+    columns = None
+    if prompt or response:
+        columns = Columns(prompt or "prompt", response or "response", input, system)
+    return Clear(model, revision, format=columns, confidence=BSDetector(k=k))
+
+
+def _load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
+    import datasets
+
+    path = Path(src)
+    if path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+        raise ValueError(f"{src} is a folder without a saved dataset: give its files, as in '{src}/*.parquet'")
+    if path.is_dir():
+        loaded = datasets.load_from_disk(src)
+    elif path.suffix in _LOADERS or any(c in src for c in "*?["):
+        files = sorted(glob(src, recursive=True))
+        kinds = {Path(f).suffix for f in files}
+        if not files:
+            raise FileNotFoundError(f"no file matches {src}")
+        if len(kinds) > 1 or not kinds <= set(_LOADERS):
+            raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(_LOADERS)}")
+        loaded = datasets.load_dataset(_LOADERS[kinds.pop()], data_files=files, split="train")
+    else:
+        loaded = datasets.load_dataset(src, config, revision=revision)
+    if isinstance(loaded, dict):
+        if split is None and len(loaded) > 1:
+            raise ValueError(f"{src} has the splits {', '.join(loaded)}: choose one with --split")
+        if split is not None and split not in loaded:
+            raise ValueError(f"{src} has no split {split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[split or next(iter(loaded))]
+    if not len(loaded):
+        raise ValueError(f"{src} has no rows")
+    taken: Dataset = loaded.select(range(min(limit or len(loaded), len(loaded))))
+    return taken
+
+
+def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
+    """`rows.map(clear.score)` with a progress bar; rows scored before with the same settings come from the cache."""
+    from datasets import disable_progress_bars
+    from datasets.fingerprint import Hasher
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    disable_progress_bars()
+    started = time.monotonic()
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
+    with Progress(*columns, console=_console) as progress:
+        task = progress.add_task("score", total=len(rows), speed="loading the model")
+        done = 0
+
+        def step(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            nonlocal done
+            scored = clear.score(batch)
+            done += len(scored["clear_error"])
+            speed = f"{done / (time.monotonic() - started):.2f} rows/s"
+            progress.update(task, completed=done, speed=speed)
+            return scored
+
+        fingerprint = Hasher.hash((rows._fingerprint, clear.score, batch_size))
+        scored = rows.map(step, batched=True, batch_size=batch_size, new_fingerprint=fingerprint)
+        progress.update(task, completed=len(rows), **({} if done else {"speed": "from the cache"}))
+    return scored
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix and out.suffix not in _LOADERS:
+        _fail(f"cannot write {out.suffix} files: end OUT in {', '.join(_LOADERS)}, or give a folder without an ending", 2)
+    if out.is_dir() and any(out.iterdir()) and not (out / "dataset_info.json").exists():
+        _fail(f"{out} is a folder with other things in it: give another OUT", 2)
+
+
+def _write(ds: Dataset, out: Path) -> None:
+    """Write beside OUT, then rename: a reader never sees half a file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        if out.suffix in (".jsonl", ".json"):
+            ds.to_json(part, lines=out.suffix == ".jsonl", force_ascii=False)
+        elif out.suffix == ".csv":
+            ds.to_csv(part, index=False)
+        elif out.suffix == ".parquet":
+            ds.to_parquet(part)
+        else:
+            ds.save_to_disk(part)
+            if (out / "dataset_info.json").exists():
+                shutil.rmtree(out)
+        part.rename(out)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
+
+
+def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
+    import numpy as np
+    from rich.markup import escape
+    from rich.table import Table
+
+    from clear_datasets.formats import infer
+
+    confidence = np.asarray(ds.with_format("numpy")["clear_confidence"][:], dtype=float)
+    scored = ~np.isnan(confidence)
+    table = Table(title=f"{len(ds):,} rows with {clear.model}", title_justify="left", show_header=False)
+    if gamma is not None:
+        decisions = ds["clear_decision"][:]
+        table.add_row("kept", f"{decisions.count('keep'):,}")
+        table.add_row("dropped", f"{decisions.count('drop'):,}")
+        table.add_row("gamma", f"{gamma:.4f}")
+    table.add_row("failed", f"{int((~scored).sum()):,}")
+    counts, _ = np.histogram(confidence[scored], bins=10, range=(0, 1))
+    for i, count in enumerate(counts):
+        bar = "█" * round(30 * count / max(counts.max(), 1))
+        table.add_row(f"confidence {i / 10:.1f} to {(i + 1) / 10:.1f}", f"{bar} {count}")
+    _console.print(table)
+    form = clear.format or infer(ds.features)
+    least = Table("row", "confidence", "prompt ends", "target", title="least confident", title_justify="left")
+    for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
+        example = form.read(ds[int(i)])
+        prompt = example.prompt[-1]["content"]
+        least.add_row(str(i), f"{confidence[i]:.3f}", escape(_short(prompt, last=True)), escape(_short(example.response)))
+    _console.print(least)
+    errors = [e for e in ds["clear_error"][:] if e]
+    for error in sorted(set(errors), key=errors.count, reverse=True)[:5]:
+        _console.print(f"failed, {errors.count(error)} rows: {escape(_short(error, 200))}")
+    _console.print(f"wrote {escape(str(out))}")
+    if not scored.any():
+        _fail("no row could be scored", 3)
+
+
+def _short(text: str, size: int = 60, last: bool = False) -> str:
+    text = " ".join(text.split())
+    if len(text) <= size:
+        return text
+    return "…" + text[-size:] if last else text[:size] + "…"
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Wrong input ends in one line and exit code 1, not in a traceback (which CLEAR_DEBUG=1 shows)."""
+    try:
+        yield
+    except (ValueError, OSError, TypeError, ImportError) as error:
+        if os.environ.get("CLEAR_DEBUG"):
+            raise
+        _fail(str(error) or type(error).__name__, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"clear-datasets: {message}", file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,192 @@
+"""BSDetector: how confident a model is that a response, whoever wrote it, answers a prompt well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from clear_datasets import prompts
+from clear_datasets.engines import Answers, Asks, Engine, Messages, PromptError
+from clear_datasets.formats import Example
+from clear_datasets.prompts import Form
+from clear_datasets.similarity import NLI, Jaccard, Similarity, words
+
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Confidence of some examples and its parts.
+
+    Attributes:
+        confidence: float32 [examples], beta * consistency + (1 - beta) * reflection; nan where a part is missing.
+        consistency: float32 [examples], how far the model's own answers agree with the response.
+        reflection: float32 [examples], what the model says of the response when it is asked.
+        errors: Why an example has no confidence; "" where it has one.
+    """
+
+    confidence: Scores
+    consistency: Scores
+    reflection: Scores
+    errors: list[str]
+
+
+@dataclass(frozen=True)
+class BSDetector:
+    """Observed consistency and self-reflection, and their weighted sum."""
+
+    alpha: float = 0.5
+    beta: float = 0.8
+    k: int = 5
+    temperature: float = 1.0
+    similarity: Similarity = field(default_factory=Jaccard)
+    samples: Form = "direct"
+    reflection: Form = "direct"
+    rounds: int = 2
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, a weight; expected a number from 0 to 1")
+        if self.k < 1 or self.rounds < 1 or self.max_tokens < 1:
+            raise ValueError(f"k={self.k}, rounds={self.rounds}, max_tokens={self.max_tokens}; expected at least 1 of each")
+        for name in ("samples", "reflection"):
+            if getattr(self, name) not in ("direct", "reasoned"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'direct' or 'reasoned'")
+
+    @classmethod
+    def paper(cls) -> BSDetector:
+        """The configuration of the paper."""
+        return cls(alpha=0.8, beta=0.7, similarity=NLI(), samples="reasoned", reflection="reasoned")
+
+    def __call__(self, examples: Sequence[Example], engine: Engine) -> Confidence:
+        """Estimate the confidence of each example.
+
+        Args:
+            examples: Prompts and responses.
+            engine: The model that is asked.
+
+        Returns:
+            Scores and reasons, in the order of the examples. An example that cannot be answered (over-long, say) has
+            nan and a reason; the others are as if it were not there.
+        """
+        run = _Run(self, examples, engine)
+        first = run.ask(run.questions)
+        reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
+        consistency = run.consistency(first)
+        total = np.float32(self.beta) * consistency + np.float32(1 - self.beta) * reflection
+        for i in np.flatnonzero(np.isnan(total)):
+            run.errors[i] = run.errors[i] or (
+                "the model answers the reflection question with none of its labels"
+                if np.isnan(reflection[i])
+                else "the similarity cannot compare the response with the model's own answers"
+            )
+        return Confidence(total, consistency, reflection, run.errors)
+
+
+class _Run:
+    """One batch on its way through the phases; a row that cannot be answered leaves it with a reason."""
+
+    def __init__(self, settings: BSDetector, examples: Sequence[Example], engine: Engine) -> None:
+        self.settings, self.examples, self.engine = settings, examples, engine
+        self.errors = [""] * len(examples)
+
+    def ask(self, asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
+        """Ask all rows that are left, in one batch; the answers by row."""
+        while left := [i for i, error in enumerate(self.errors) if not error]:
+            each = [asks_of(i) for i in left]
+            try:
+                return dict(zip(left, _split(self.engine.answer(_join(each)), each), strict=True))
+            except PromptError as error:
+                owners = [i for part in _PARTS for i, asks in zip(left, each, strict=True) for _ in getattr(asks, part)]
+                for position, reason in error.reasons.items():
+                    self.errors[owners[position]] = reason
+        return {}
+
+    def questions(self, i: int) -> Asks:
+        """The samples of a row, and in the direct form all that one forward pass tells."""
+        settings, (prompt, response) = self.settings, (self.examples[i].prompt, self.examples[i].response)
+        own = prompts.sample(prompt, settings.samples)
+        direct = settings.samples == "direct"
+        return Asks(
+            generate=[own],
+            n=settings.k,
+            temperature=settings.temperature,
+            max_tokens=settings.max_tokens,
+            choose=prompts.reflect(prompt, response) if settings.reflection == "direct" else [],
+            labels=prompts.LABELS if settings.reflection == "direct" else (),
+            read=[(own, response), (prompts.sample(prompts.unasked(prompt), "direct"), response)] if direct else [],
+        )
+
+    def direct_reflection(self, first: dict[int, Answers]) -> Scores:
+        """The mean probability of "Yes" over both orders of the labels."""
+        scores = np.full(len(self.examples), np.nan, dtype=np.float32)
+        for i, answers in first.items():
+            scores[i] = answers.chosen[:, 0].mean()
+        return scores
+
+    def reasoned_reflection(self) -> Scores:
+        """The mean over the rounds of P(correct) + P(not sure) / 2, each round after an explanation of its own."""
+        asked: dict[int, Messages] = {i: prompts.consider(e.prompt, e.response) for i, e in enumerate(self.examples)}
+        rounds = np.full((len(self.examples), self.settings.rounds), np.nan, dtype=np.float32)
+        for number in range(self.settings.rounds):
+            reasons = self.ask(lambda i: Asks(generate=[asked[i]], max_tokens=self.settings.max_tokens))
+            judged = {i: prompts.verdict(asked[i], answers.generated[0][0]) for i, answers in reasons.items()}
+            verdicts = self.ask(lambda i: Asks(choose=[judged[i]], labels=prompts.VERDICTS))
+            for i, answers in verdicts.items():
+                right, _, unsure = answers.chosen[0]
+                rounds[i, number] = right + unsure / 2
+                letter = prompts.VERDICTS[int(np.argmax(answers.chosen[0]))]
+                asked[i] = prompts.reconsider(judged[i], letter)
+        return rounds.mean(axis=1)
+
+    def consistency(self, first: dict[int, Answers]) -> Scores:
+        """alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row."""
+        settings, examples = self.settings, self.examples
+        scores = np.full(len(examples), np.nan, dtype=np.float32)
+        if not first:
+            return scores
+        samples = {i: [prompts.answer_of(t, settings.samples) for t in a.generated[0]] for i, a in first.items()}
+        pairs = [(examples[i].response, sample) for i in first for sample in samples[i]]
+        similar = settings.similarity(pairs, self.engine).reshape(len(first), settings.k)
+        for i, row in zip(first, similar, strict=True):
+            if settings.samples == "direct":
+                agreement = _calibrated(*first[i].read)
+            else:
+                agreement = float(np.mean([words(s) == words(examples[i].response) for s in samples[i]]))
+            if not np.isnan(row).all():
+                scores[i] = settings.alpha * np.nanmean(row) + (1 - settings.alpha) * agreement
+        return scores
+
+
+def _calibrated(asked: npt.NDArray[np.float32], unasked: npt.NDArray[np.float32]) -> float:
+    """How much likelier the question makes the response, as a probability."""
+    gain = float(asked.sum() - unasked.sum()) / np.sqrt(len(asked))
+    return float(1 / (1 + np.exp(-gain)))
+
+
+_PARTS = ("generate", "choose", "read")
+
+
+def _join(each: Sequence[Asks]) -> Asks:
+    """One question to the engine out of those of the rows, which are alike in all but their prompts."""
+    joined = {part: [p for asks in each for p in getattr(asks, part)] for part in _PARTS}
+    return replace(each[0], **joined)
+
+
+def _split(answers: Answers, each: Sequence[Asks]) -> list[Answers]:
+    """The answers of each row, out of those to all of them."""
+    ends = {part: list(accumulate((len(getattr(asks, part)) for asks in each), initial=0)) for part in _PARTS}
+    return [
+        Answers(
+            answers.generated[ends["generate"][i] : ends["generate"][i + 1]],
+            answers.chosen[ends["choose"][i] : ends["choose"][i + 1]],
+            answers.read[ends["read"][i] : ends["read"][i + 1]],
+        )
+        for i in range(len(each))
+    ]

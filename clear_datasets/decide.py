@@ -1,0 +1,157 @@
+"""From confidence to a decision on each row: arithmetic on columns, no model is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    D = TypeVar("D", Dataset, DatasetDict)
+
+Failed = Literal["keep", "drop", "raise"]
+_FAILED = ("keep", "drop", "raise")
+
+
+def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear_confidence") -> float:
+    """The gamma above which a share `keep` of the scored rows lies: 0.5 gives the median, as in the CLEAR paper.
+
+    Rows that could not be scored (nan) do not count. Rows that tie with gamma are not above it, so fewer than asked may
+    be kept, never more. The splits of a DatasetDict share one gamma.
+
+    Args:
+        ds: A scored dataset.
+        keep: Share of the scored rows to keep, in [0, 1].
+        column: Column of the confidence.
+
+    Returns:
+        Gamma, for `above` and `decide`.
+
+    Raises:
+        ValueError: `keep` is out of range, the column is not there, or no row has a score.
+        TypeError: A stream was given, whose quantiles are not known before its end.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> threshold(Dataset.from_dict({"clear_confidence": [0.1, 0.9, 0.4, 0.6, float("nan")]}))
+        0.5
+
+    References:
+        Chen and Mueller 2024, arXiv 2403.12776 (Auto-Filter).
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep is {keep}, the share of rows to keep; expected a number from 0 to 1")
+    splits: list[Any] = list(ds.values()) if isinstance(ds, Mapping) else [ds]
+    values = []
+    for split in splits:
+        if not hasattr(split, "__len__"):
+            raise TypeError("threshold() needs all rows and got a stream: score and save it first, or choose a fixed gamma")
+        if column not in split.column_names:
+            raise ValueError(
+                f"no column {column!r} among {', '.join(map(repr, split.column_names))}: "
+                "run ds = ds.map(clear.score, batched=True) first"
+            )
+        values.append(np.asarray(split.with_format("numpy")[column][:], dtype=np.float64))
+    scores = np.sort(np.concatenate(values))
+    scores = scores[~np.isnan(scores)]
+    if not len(scores):
+        raise ValueError(f"none of the rows has a score in {column!r}; clear_error says why for each")
+    kept = round(keep * len(scores))
+    if kept == len(scores):
+        return float(np.nextafter(scores[0], -np.inf))
+    above_cut = scores[len(scores) - kept] if kept else scores[-1]
+    return float((scores[len(scores) - kept - 1] + above_cut) / 2)
+
+
+@dataclass(frozen=True)
+class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
+    """A predicate for ``ds.filter``: whether a row's confidence is above gamma.
+
+    A row without a score is kept: nan means that nothing confident is known about it.
+
+    Args:
+        gamma: The threshold; see `threshold`.
+        failed: What becomes of rows without a score: "keep", "drop" or "raise".
+        column: Column of the confidence.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> ds = Dataset.from_dict({"clear_confidence": [0.1, 0.9, float("nan")]})
+        >>> ds.filter(above(0.5))["clear_confidence"][:]
+        [0.9, nan]
+    """
+
+    gamma: float
+    failed: Failed = "keep"
+    column: str = "clear_confidence"
+
+    def __post_init__(self) -> None:
+        if self.failed not in _FAILED:
+            raise ValueError(f"failed is {self.failed!r}; expected one of {', '.join(_FAILED)}")
+
+    def __call__(self, row: Mapping[str, Any]) -> bool | list[bool]:
+        if self.column not in row:
+            raise ValueError(f"no column {self.column!r} in the row: run ds.map(clear.score, batched=True) first")
+        value = row[self.column]
+        if isinstance(value, float):
+            return self._keeps(value, row.get("clear_error") or "")
+        errors = row.get("clear_error") or [""] * len(value)
+        return [self._keeps(float(v), e) for v, e in zip(value, errors, strict=True)]
+
+    def _keeps(self, confidence: float, error: str) -> bool:
+        if not np.isnan(confidence):
+            return confidence > self.gamma
+        if self.failed == "raise":
+            raise ValueError(f"a row has no score ({error or 'no reason given'}); failed='keep' or 'drop' goes on")
+        return self.failed == "keep"
+
+
+def decide(gamma: float, failed: Failed = "keep", column: str = "clear_confidence") -> Callable[..., dict[str, list[str]]]:
+    """A step for ``ds.map(..., batched=True)`` that adds ``clear_decision``: "keep" or "drop".
+
+    Args:
+        gamma: The threshold; see `threshold`.
+        failed: What becomes of rows without a score: "keep", "drop" or "raise".
+        column: Column of the confidence.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> ds = Dataset.from_dict({"answer": ["right", "wrong"], "clear_confidence": [0.9, 0.1]})
+        >>> curated(ds.map(decide(0.5), batched=True))["answer"][:]
+        ['right']
+
+    References:
+        Chen and Mueller 2024, arXiv 2403.12776 (Auto-Filter).
+    """
+    return _Decide(above(gamma, failed, column))
+
+
+@dataclass(frozen=True)
+class _Decide:
+    keeps: above
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+        kept = self.keeps(batch)
+        if isinstance(kept, bool):
+            raise TypeError("decide() works on batches: ds.map(decide(gamma), batched=True)")
+        return {"clear_decision": ["keep" if k else "drop" for k in kept]}
+
+
+def curated(ds: D) -> D:
+    """Apply the decisions: rows to drop are left out, all others are as they were.
+
+    Raises:
+        ValueError: There is no column ``clear_decision``.
+    """
+    for split in ds.values() if isinstance(ds, Mapping) else [ds]:
+        if split.column_names is not None and "clear_decision" not in split.column_names:
+            raise ValueError("no column 'clear_decision': run ds = ds.map(decide(gamma), batched=True) first")
+    return ds.filter(_stays, input_columns="clear_decision")
+
+
+def _stays(decision: str) -> bool:
+    return decision != "drop"

@@ -1,0 +1,141 @@
+"""Engines: language models that answer whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Messages = Sequence[dict[str, str]]
+"""A chat: dicts with the keys ``role`` and ``content``, as every chat template takes them."""
+
+
+class PromptError(ValueError):
+    """Some prompts of a batch cannot be answered; nothing was generated for any of them.
+
+    Attributes:
+        reasons: Position of each such prompt in the batch, and what is wrong with it.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+        first = min(reasons)
+        super().__init__(f"{len(reasons)} prompts cannot be answered; the first, number {first}: {reasons[first]}")
+
+
+@dataclass(frozen=True)
+class Asks:
+    """Everything that is asked about a batch of rows: the arguments of `generate`, `choose` and `logprobs`."""
+
+    generate: Sequence[Messages] = ()
+    n: int = 1
+    temperature: float = 0.0
+    max_tokens: int = 512
+    choose: Sequence[Messages] = ()
+    labels: Sequence[str] = ()
+    read: Sequence[tuple[Messages, str]] = ()
+
+
+@dataclass
+class Answers:
+    """What `generate`, `choose` and `logprobs` returned."""
+
+    generated: list[list[str]]
+    chosen: npt.NDArray[np.float32]
+    read: list[npt.NDArray[np.float32]]
+
+
+class Engine(Protocol):
+    """A language model that answers whole batches. Results come in the order of the prompts.
+
+    An engine is its configuration: it compares, hashes and pickles by it. Weights are loaded at the first call and
+    belong to the process. A new engine writes `generate`, `choose` and `logprobs`, and has `answer` by
+    subclassing this.
+    """
+
+    def generate(
+        self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
+    ) -> list[list[str]]:
+        """Write ``n`` answers to each prompt.
+
+        Args:
+            prompts: Chats that end with a user turn.
+            n: Answers to each.
+            temperature: 0 takes the likeliest token each time.
+            max_tokens: Tokens after which an answer is cut off.
+
+        Returns:
+            ``[len(prompts)][n]`` texts.
+
+        Raises:
+            PromptError: Some prompts cannot be answered (too long, say); the reasons are by position.
+        """
+        ...
+
+    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Probability of each label as the next thing said, from one forward pass a prompt.
+
+        Args:
+            prompts: Chats that end with a user turn.
+            labels: What may be said.
+
+        Returns:
+            float32 ``[len(prompts), len(labels)]``, renormalised over the labels; a row of nan where the labels
+            together have less than 1% of the probability mass.
+
+        Raises:
+            PromptError: Some prompts cannot be answered (too long, say); the reasons are by position.
+        """
+        ...
+
+    def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+        """Log-probability of each token of a given response, and of the end after it, from one forward pass.
+
+        Args:
+            prompts: Chats that end with a user turn.
+            responses: The text that is said to each.
+
+        Returns:
+            For each prompt, float32 ``[tokens of the response + 1]``, natural logarithm.
+
+        Raises:
+            PromptError: Some prompts cannot be answered (too long, say); the reasons are by position.
+        """
+        ...
+
+    def answer(self, asks: Asks) -> Answers:
+        """All that is asked about a batch; engines that gain from having it in one queue override this.
+
+        Raises:
+            PromptError: Some prompts cannot be answered; positions count through all lists of `asks` in their order.
+        """
+        done, before = Answers([], np.empty((0, len(asks.labels)), dtype=np.float32), []), 0
+        try:
+            done.generated = self.generate(
+                asks.generate, n=asks.n, temperature=asks.temperature, max_tokens=asks.max_tokens
+            )
+            before += len(asks.generate)
+            done.chosen = self.choose(asks.choose, asks.labels)
+            before += len(asks.choose)
+            done.read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read])
+        except PromptError as error:
+            raise PromptError({before + i: reason for i, reason in error.reasons.items()}) from None
+        return done
+
+
+def default_engine(model: str, revision: str | None = None) -> Engine:
+    """The engine that suits this machine: `Transformers`, on a GPU where there is one."""
+    from clear_datasets.engines.transformers import Transformers
+
+    return Transformers(model, revision)
+
+
+def use_rank(rank: int) -> None:
+    """Give this process the GPU of its rank, for ``ds.map(..., num_proc=n, with_rank=True)``; none without GPUs."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())

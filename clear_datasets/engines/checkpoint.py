@@ -1,0 +1,204 @@
+"""Loading a causal language model and its tokenizer, once a process, from a Hub id, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clear_datasets.engines import Messages, PromptError
+
+if TYPE_CHECKING:
+    import torch
+
+    from clear_datasets.engines.transformers import Transformers
+
+_LOADED: dict[Transformers, Checkpoint] = {}
+_PARENT_HAD_TORCH: list[bool] = []  # not empty in a process that was forked from one with torch
+
+
+def _after_fork() -> None:
+    if "torch" in sys.modules:
+        _PARENT_HAD_TORCH.append(True)
+    for config in [c for c, checkpoint in _LOADED.items() if checkpoint.device.type != "cpu"]:
+        del _LOADED[config]  # memory of a GPU does not come along; loading anew says so
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@dataclass
+class Checkpoint:
+    """A model in memory, and how a chat becomes its tokens."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    limit: int  # tokens of prompt and answer together
+    ends: frozenset[int]  # tokens that end an answer
+    pad: int
+    end: int  # the token that ends an answer in the chat template
+    shares_prefix: bool
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of an answer and its end."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.end]
+
+    def encode(self, prompts: Sequence[Messages], reserve: Sequence[int]) -> list[list[int]]:
+        """Token ids of each prompt, up to where the answer begins; `reserve` tokens each are kept free for it.
+
+        Raises:
+            PromptError: Some prompts leave too little room, or the chat template refuses them.
+        """
+        texts: list[str] = []
+        reasons: dict[int, str] = {}
+        for position, prompt in enumerate(prompts):
+            try:
+                texts.append(render(self.tokenizer, prompt))
+            except Exception as error:  # templates raise what they like: jinja2 errors, TypeError, ...
+                reasons[position] = f"the chat template refuses this prompt: {error}"
+                texts.append("")
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        for position, (tokens, room) in enumerate(zip(ids, reserve, strict=True)):
+            if len(tokens) + room > self.limit:
+                reasons.setdefault(
+                    position,
+                    f"the prompt has {len(tokens):,} tokens and {room:,} are kept for the answer, "
+                    f"but the model takes {self.limit:,}: shorten the row, or use a model with a longer context",
+                )
+        if reasons:
+            raise PromptError(reasons)
+        return ids
+
+
+def render(tokenizer: Any, messages: Messages) -> str:
+    """The text of a chat, by the tokenizer's chat template, or plainly where it has none."""
+    if not tokenizer.chat_template:
+        turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+        return "\n\n".join([*turns, "Assistant:"])
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception:
+        if not messages or messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        # Some templates have no system role; its text then opens the first turn.
+        first = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+        text = tokenizer.apply_chat_template([first, *messages[2:]], tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def load(config: Transformers) -> Checkpoint:
+    """The checkpoint of an engine's configuration, loaded at the first call in this process."""
+    if _PARENT_HAD_TORCH:
+        import torch
+
+        torch.set_num_threads(1)  # the parent's OpenMP threads did not come along, and would be waited for for ever
+    if config not in _LOADED:
+        _LOADED[config] = _load(config)
+    return _LOADED[config]
+
+
+def unload(config: Transformers) -> None:
+    """Free the memory that a configuration's weights hold."""
+    if _LOADED.pop(config, None) is not None:
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _load(config: Transformers) -> Checkpoint:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(from_gguf(Path(config.model))) if config.model.endswith(".gguf") else config.model
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    device = torch.device(config.device or best_device())
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _fast_dtype(device)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device).eval()
+    ends = {tokenizer.eos_token_id}
+    stated = model.generation_config.eos_token_id
+    ends.update(stated if isinstance(stated, list) else [stated])
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        limit=int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length),
+        ends=frozenset(e for e in ends if e is not None),
+        pad=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
+        end=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(ends - {None}),
+        # Padding between two parts of a prompt is masked in full attention; other layers would count it in.
+        shares_prefix=kinds == {"full_attention"} and not getattr(text, "sliding_window", None),
+    )
+
+
+def best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it; elsewhere it is emulated, four times slower than float32 (measured)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        cpu: Any = torch.cpu
+        fast = any(getattr(cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return torch.bfloat16 if fast else torch.float32
+    return torch.float16
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``CLEAR_CACHE``, else ``clear_datasets`` beside the Hub's own cache."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("CLEAR_CACHE") or Path(HF_HOME) / "clear_datasets")
+
+
+def from_gguf(file: Path) -> Path:
+    """Convert a GGUF file into a checkpoint folder, once; later calls return the folder that is there.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no GGUF file at {file}: give the path of a .gguf file, a checkpoint folder or a Hub id")
+    with file.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        model.hf_quantizer, model.is_quantized = None, False  # plain weights by now; saving refuses otherwise
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

@@ -1,0 +1,94 @@
+"""Every text that is sent to a model.
+
+Each begins with the row's own prompt, so that an engine computes it once for all that is asked about the row; what
+varies stands at the end. Texts of the data stand between other texts and are never interpreted.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clear_datasets.engines import Messages
+
+Form = Literal["direct", "reasoned"]
+
+LABELS = ("Yes", "No")
+VERDICTS = ("A", "B", "C")  # correct, incorrect, not sure
+
+_MARK = "Answer:"
+_SAMPLE = {
+    "direct": "Reply with the answer alone, without any explanation.",
+    "reasoned": f"Think step by step and write down your reasoning. Then begin a last line with {_MARK!r} "
+    "and write the answer alone behind it.",
+}
+
+
+def sample(prompt: Messages, form: Form) -> Messages:
+    """Ask for the model's own answer.
+
+    Example:
+        >>> sample([{"role": "user", "content": "2 + 2?"}], "direct")
+        [{'role': 'user', 'content': '2 + 2?\\n\\nReply with the answer alone, without any explanation.'}]
+    """
+    return _append(prompt, _SAMPLE[form])
+
+
+def answer_of(text: str, form: Form) -> str:
+    """The answer in a sample: all of it, or what stands behind the last mark of a reasoned one.
+
+    Example:
+        >>> answer_of("Two and two make four. Answer: 4", "reasoned")
+        '4'
+    """
+    return text.rsplit(_MARK, 1)[-1].strip() if form == "reasoned" else text
+
+
+def unasked(prompt: Messages) -> Messages:
+    """The prompt without its last paragraph, which mostly is the question: what was there before anything was asked.
+
+    Example:
+        >>> unasked([{"role": "user", "content": "A long passage.\\n\\nWho wrote it?"}])
+        [{'role': 'user', 'content': 'A long passage.'}]
+    """
+    *turns, last = prompt
+    return [*turns, {**last, "content": last["content"].rpartition("\n\n")[0]}]
+
+
+def reflect(prompt: Messages, response: str) -> list[Messages]:
+    """Ask whether a response is right, with the two labels in either order, to be answered by one of `LABELS`."""
+    question = f"Proposed answer: {response}\n\nIs the proposed answer correct?"
+    return [_append(prompt, f"{question} Reply {a} or {b}.") for a, b in (LABELS, LABELS[::-1])]
+
+
+def consider(prompt: Messages, response: str) -> Messages:
+    """Ask for the reasons for and against a response, before any verdict."""
+    return _append(
+        prompt,
+        f"Proposed answer: {response}\n\nCheck step by step whether the proposed answer is correct, and explain what "
+        "speaks for it and against it.",
+    )
+
+
+def verdict(considered: Messages, explanation: str) -> Messages:
+    """Ask for the verdict after an explanation, to be answered by one of `VERDICTS`."""
+    choices = "Is the proposed answer\nA. correct\nB. incorrect\nC. not sure\nReply with the letter alone."
+    return [*considered, {"role": "assistant", "content": explanation}, {"role": "user", "content": choices}]
+
+
+def reconsider(judged: Messages, letter: str) -> Messages:
+    """Ask again after a verdict: the second and later rounds of the reasoned reflection."""
+    again = "Are you really sure about the proposed answer? Check it once more, step by step."
+    return [*judged, {"role": "assistant", "content": letter}, {"role": "user", "content": again}]
+
+
+def same(first: str, second: str) -> Messages:
+    """Ask whether two answers say the same, to be answered by one of `LABELS`."""
+    question = f"First answer: {first}\n\nSecond answer: {second}\n\nDo the two answers say the same? Reply Yes or No."
+    return [{"role": "user", "content": question}]
+
+
+def _append(prompt: Messages, text: str) -> list[dict[str, str]]:
+    *turns, last = prompt
+    if last["role"] == "user":
+        return [*turns, {"role": "user", "content": f"{last['content']}\n\n{text}"}]
+    return [*prompt, {"role": "user", "content": text}]

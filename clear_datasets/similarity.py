@@ -1,0 +1,172 @@
+"""How far two responses agree, from 0 (not at all) to 1 (they say the same)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from clear_datasets import prompts
+from clear_datasets.engines import Engine, PromptError
+
+Pairs = Sequence[tuple[str, str]]
+Scores = npt.NDArray[np.float32]
+
+
+class Similarity(Protocol):
+    """How far the two texts of each pair agree."""
+
+    def __call__(self, pairs: Pairs, engine: Engine) -> Scores:
+        """float32 [len(pairs)] in [0, 1]; nan where the two cannot be compared."""
+        ...
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers of a text, without punctuation or articles.
+
+    Example:
+        >>> words("The answer: 1,200 (approx.)")
+        ['answer', '1200', 'approx']
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
+    return [w for w in re.findall(r"\d+(?:\.\d+)?|\w+", text) if w not in ("a", "an", "the")]
+
+
+@dataclass(frozen=True)
+class Jaccard:
+    """Shared words of two texts over all their words. No model; for short answers.
+
+    Example:
+        >>> Jaccard()([("the Alps", "In the Alps.")], engine=None)
+        array([0.5], dtype=float32)
+    """
+
+    def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
+        """See `Similarity`."""
+        scores = []
+        for a, b in pairs:
+            left, right = set(words(a)), set(words(b))
+            scores.append(len(left & right) / len(left | right) if left | right else float(a.strip() == b.strip()))
+        return np.asarray(scores, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class LLM:
+    """The same model is asked whether two answers say the same: the mean probability of "Yes" over both orders."""
+
+    def __call__(self, pairs: Pairs, engine: Engine) -> Scores:
+        """See `Similarity`."""
+        unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
+        asked = [prompts.same(a, b) for a, b in unique]
+        answers = dict.fromkeys(unique, np.nan)
+        try:
+            found = engine.choose(asked, ("Yes", "No"))[:, 0]
+            answers.update(zip(unique, found.tolist(), strict=True))
+        except PromptError as error:
+            fits = [i for i in range(len(unique)) if i not in error.reasons]
+            found = engine.choose([asked[i] for i in fits], ("Yes", "No"))[:, 0]
+            answers.update(zip([unique[i] for i in fits], found.tolist(), strict=True))
+        return np.asarray([1.0 if a == b else (answers[a, b] + answers[b, a]) / 2 for a, b in pairs], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class NLI:
+    """One minus the probability that two texts contradict each other, the mean of both orders (BSDetector, s_i).
+
+    Args:
+        model: A sequence-classification checkpoint with a label "contradiction": Hub id or local folder.
+        revision: Branch, tag or commit of a Hub model.
+        device: ``"cuda"``, ``"mps"`` or ``"cpu"``; by default the first of them that is there.
+        batch_size: Pairs in one forward pass.
+
+    References:
+        Chen and Mueller 2024, arXiv 2308.16175 (observed consistency).
+    """
+
+    model: str = "microsoft/deberta-large-mnli"
+    revision: str | None = None
+    device: str | None = None
+    batch_size: int = 64
+
+    def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
+        """See `Similarity`."""
+        encoder = _encoder(self.model, self.revision, self.device, "AutoModelForSequenceClassification")
+        names = {str(name).lower(): int(i) for i, name in encoder.model.config.id2label.items()}
+        found = [i for name, i in names.items() if "contradict" in name]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.model} has the labels {', '.join(names)}; NLI needs one named contradiction: "
+                "give a checkpoint trained on MNLI, or set id2label in its config"
+            )
+        unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))}, key=lambda p: len(p[0]) + len(p[1]))
+        agree: dict[tuple[str, str], float] = {}
+        for start in range(0, len(unique), self.batch_size):
+            part = unique[start : start + self.batch_size]
+            logits = encoder([a for a, _ in part], [b for _, b in part]).logits.float()
+            agree.update(zip(part, (1 - logits.softmax(-1)[:, found[0]]).tolist(), strict=True))
+        return np.asarray([(agree[a, b] + agree[b, a]) / 2 for a, b in pairs], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Cosine of two sentence embeddings (mean of the last hidden states), cut off at 0.
+
+    Args:
+        model: A sentence-embedding checkpoint: Hub id or local folder.
+        revision: Branch, tag or commit of a Hub model.
+        device: ``"cuda"``, ``"mps"`` or ``"cpu"``; by default the first of them that is there.
+        batch_size: Texts in one forward pass.
+    """
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    revision: str | None = None
+    device: str | None = None
+    batch_size: int = 256
+
+    def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
+        """See `Similarity`."""
+        encoder = _encoder(self.model, self.revision, self.device, "AutoModel")
+        unique = sorted({text for pair in pairs for text in pair}, key=len)
+        vectors: dict[str, Any] = {}
+        for start in range(0, len(unique), self.batch_size):
+            part = unique[start : start + self.batch_size]
+            out, mask = encoder(part, None, mask=True)
+            mean = (out.last_hidden_state.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+            unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+            vectors.update(zip(part, unit.cpu().numpy(), strict=True))
+        return np.asarray([np.clip(vectors[a] @ vectors[b], 0, 1) for a, b in pairs], dtype=np.float32)
+
+
+class _Encoder:
+    """An encoder model and its tokenizer, called on texts or pairs of texts."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, first: list[str], second: list[str] | None, mask: bool = False) -> Any:
+        import torch
+
+        # Longer texts are compared by their beginnings: an encoder has no more positions.
+        limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings - 2)
+        batch = self.tokenizer(
+            first, second, padding=True, truncation="longest_first", max_length=limit, return_tensors="pt"
+        ).to(self.model.device)
+        with torch.inference_mode():
+            out = self.model(**batch)
+        return (out, batch["attention_mask"]) if mask else out
+
+
+@lru_cache(maxsize=4)
+def _encoder(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
+    import transformers
+
+    from clear_datasets.engines.checkpoint import best_device
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
+    loaded = getattr(transformers, auto).from_pretrained(model, revision=revision)
+    return _Encoder(loaded.to(device or best_device()).eval(), tokenizer)

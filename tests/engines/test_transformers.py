@@ -1,0 +1,217 @@
+"""The Transformers engine against plain `transformers` calls on the same tiny model."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clear_datasets.engines import Asks, PromptError
+from clear_datasets.engines.checkpoint import load
+from clear_datasets.engines.transformers import Transformers
+from tests.conftest import make_tiny
+
+PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
+TEXTS = ["Who?", PASSAGE + "Where does it rise?", "2 + 2 = ?", PASSAGE + "Where does it end?", "größer, 日本語, 🙂", "Who?"]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(tiny)
+
+
+def next_probabilities(plain, prompt, stem=()):
+    model, tokenizer = plain
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False) + list(stem)
+    with torch.inference_mode():
+        return torch.softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1).numpy()
+
+
+def greedy(plain, prompt, max_tokens):
+    model, tokenizer = plain
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_greedy_answers_equal_those_of_transformers_in_the_order_asked(tiny, plain, user):
+    prompts = [user(t) for t in TEXTS]
+    answers = Transformers(tiny, dtype="float32").generate(prompts, max_tokens=12)
+    assert answers == [[greedy(plain, p, 12)] for p in prompts]
+    assert len({a[0] for a in answers}) > 3
+
+
+@pytest.mark.parametrize("batch_tokens", [200, 4096])
+def test_label_probabilities_sum_over_spellings(tiny, plain, user, batch_tokens):
+    prompts = [user(t) for t in TEXTS]
+    engine = Transformers(tiny, dtype="float32", batch_tokens=batch_tokens)
+    found = engine.choose(prompts, ["Y", "N"])
+    for prompt, row in zip(prompts, found, strict=True):
+        p = next_probabilities(plain, prompt)
+        spelled = [sum(p[plain[1].convert_tokens_to_ids(t)] for t in ts) for ts in (("Y", "ĠY"), ("N", "ĠN"))]
+        if sum(spelled) < 0.01:
+            assert np.isnan(row).all()
+        else:
+            np.testing.assert_allclose(row, np.array(spelled) / sum(spelled), rtol=1e-4)
+    assert found.dtype == np.float32
+    assert found.shape == (6, 2)
+
+
+def test_labels_of_several_tokens_multiply_and_a_label_that_another_continues_gives_up_its_share(tiny, plain, user):
+    prompt = user("Which?")
+    token = plain[1].convert_tokens_to_ids
+    first = next_probabilities(plain, prompt)
+    mass = {"A": 0.0, "AB": 0.0}
+    for lead in ((), (token("Ġ"),)):
+        p = first if not lead else next_probabilities(plain, prompt, lead)
+        before = first[lead[0]] if lead else 1.0
+        a = before * p[token("A")]
+        ab = a * next_probabilities(plain, prompt, (*lead, token("A")))[token("B")]
+        mass["A"] += a - ab
+        mass["AB"] += ab
+    total = sum(mass.values())
+    found = Transformers(tiny, dtype="float32").choose([prompt], ["A", "AB"])[0]
+    if total < 0.01:
+        assert np.isnan(found).all()
+    else:
+        np.testing.assert_allclose(found, [mass["A"] / total, mass["AB"] / total], rtol=1e-3)
+
+
+def test_a_label_that_the_model_would_not_say_is_nan(tiny, user):
+    found = Transformers(tiny, dtype="float32").choose([user("Who?")], ["Zebra crossing", "Quite another thing"])
+    assert np.isnan(found).all()
+
+
+def test_samples_depend_on_prompt_number_and_seed_only(tiny, user):
+    engine = Transformers(tiny, dtype="float32")
+    prompts = [user(t) for t in TEXTS]
+    together = engine.generate(prompts, n=3, temperature=1.0, max_tokens=8)
+    assert [len(a) for a in together] == [3] * 6
+    assert together[3] == engine.generate([prompts[3]], n=3, temperature=1.0, max_tokens=8)[0]
+    assert together[3] == engine.generate([prompts[3]], n=5, temperature=1.0, max_tokens=8)[0][:3]
+    assert together[0] == together[5]
+    assert len(set(together[0])) > 1
+    assert together != Transformers(tiny, dtype="float32", seed=1).generate(prompts, n=3, temperature=1.0, max_tokens=8)
+
+
+def test_samples_follow_the_models_distribution(tiny, plain, user):
+    prompt = user("Who?")
+    drawn = Transformers(tiny, dtype="float32").generate([prompt], n=4000, temperature=1.0, max_tokens=1)[0]
+    p = next_probabilities(plain, prompt)
+    texts = [plain[1].decode([i], skip_special_tokens=True).strip() for i in range(len(p))]
+    for text in sorted(set(texts), key=lambda t: -sum(q for q, u in zip(p, texts, strict=True) if u == t))[:5]:
+        share = sum(float(q) for q, u in zip(p, texts, strict=True) if u == text)
+        assert abs(drawn.count(text) / 4000 - share) < 4 * np.sqrt(share / 4000)
+
+
+@pytest.mark.parametrize("batch_tokens", [200, 4096])
+def test_logprobs_of_a_response_and_its_end(tiny, plain, user, batch_tokens):
+    model, tokenizer = plain
+    responses = ["", "Alps", "in the North Sea, " * 5, "5", "日本", "Alps"]
+    found = Transformers(tiny, dtype="float32", batch_tokens=batch_tokens).logprobs([user(t) for t in TEXTS], responses)
+    for text, response, logprobs in zip(TEXTS, responses, found, strict=True):
+        prompt = tokenizer.apply_chat_template(user(text), tokenize=False, add_generation_prompt=True)
+        before = tokenizer.encode(prompt, add_special_tokens=False)
+        said = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+        with torch.inference_mode():
+            logits = model(torch.tensor([before + said])).logits[0, len(before) - 1 : -1].float()
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None])[:, 0]
+        np.testing.assert_allclose(logprobs, wanted, atol=1e-3)
+        assert logprobs.dtype == np.float32
+
+
+def test_all_kinds_in_one_queue_equal_each_alone(tiny, user):
+    engine = Transformers(tiny, dtype="float32")
+    write, judge = [user(t) for t in TEXTS], [user(t + " Right?") for t in TEXTS]
+    asks = Asks(write, 2, 1.0, 6, judge, ["Y", "N"], [(p, "Alps") for p in write])
+    together = engine.answer(asks)
+    assert together.generated == engine.generate(write, n=2, temperature=1.0, max_tokens=6)
+    np.testing.assert_allclose(together.chosen, engine.choose(judge, ["Y", "N"]), rtol=1e-4)
+    for mine, alone in zip(together.read, engine.logprobs(write, ["Alps"] * 6), strict=True):
+        np.testing.assert_allclose(mine, alone, atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, user, monkeypatch):
+    engine = Transformers(tiny, dtype="float32")
+    model = load(engine).model
+    prompts = [user(t) for t in TEXTS]
+    asks = Asks(prompts, 2, 1.0, 6, prompts, ["Y", "N"])
+    wanted = engine.answer(asks)
+    forward, sizes = type(model).forward, []
+
+    def small(self, input_ids, **rest):
+        sizes.append(len(input_ids))
+        if len(input_ids) > limit:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, input_ids, **rest)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    limit = 4
+    found = engine.answer(asks)
+    assert max(sizes) > limit
+    assert found.generated == wanted.generated
+    np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=1e-4)
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.answer(asks)
+
+
+def test_prompts_that_are_too_long_are_named_with_length_and_limit(tiny, user):
+    with pytest.raises(PromptError, match=r"600 are kept|tokens and 8 are kept") as caught:
+        Transformers(tiny).generate([user("fits"), user("x" * 600)], max_tokens=8)
+    assert list(caught.value.reasons) == [1]
+    assert "608" not in caught.value.reasons[1]
+    assert "the model takes 512" in caught.value.reasons[1]
+
+
+def test_an_empty_batch_gives_nothing(tiny):
+    engine = Transformers(tiny)
+    assert engine.generate([]) == []
+    assert engine.choose([], ["Yes", "No"]).shape == (0, 2)
+
+
+def test_models_without_a_system_role_or_a_chat_template(tmp_path: Path, user):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    for name, template in (("strict", strict + "{{ messages[0]['content'] }}<|assistant|>"), ("bare", None)):
+        (tmp_path / name).mkdir()
+        folder = make_tiny(tmp_path / name, template=template)
+        engine = Transformers(str(folder), dtype="float32")
+        with_system, without = engine.generate([chat, user("Who?")], max_tokens=6)
+        assert with_system != without
+
+
+def test_sliding_window_models_are_not_given_padding_inside_a_prompt(tmp_path: Path, user):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = make_tiny(tmp_path)
+    torch.manual_seed(0)
+    size = len(AutoTokenizer.from_pretrained(folder))
+    config = MistralConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=16, eos_token_id=1, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    prompts = [user(t) for t in TEXTS]
+    engine = Transformers(str(folder), dtype="float32")
+    assert engine.generate(prompts, max_tokens=8) == [[greedy(plain, p, 8)] for p in prompts]
+
+
+def test_an_engine_is_its_configuration(tiny, user):
+    engine = Transformers(tiny)
+    before = pickle.dumps(engine)
+    engine.generate([user("Who?")], max_tokens=2)
+    assert pickle.dumps(engine) == before
+    assert pickle.loads(before) == engine
+
+
+def test_a_gguf_file_that_is_not_there(tmp_path: Path, user):
+    with pytest.raises(FileNotFoundError, match="no GGUF file at"):
+        Transformers(str(tmp_path / "no.gguf")).generate([user("Who?")])

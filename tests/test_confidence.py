@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from clear_datasets import BSDetector, Example, Jaccard
+from clear_datasets.similarity import NLI
+from tests.conftest import Scripted
+
+
+def example(question, response):
+    return Example([{"role": "user", "content": question}], response)
+
+
+RHINE = example("A passage on the Rhine.\n\nWhere does it rise?", "the Alps")
+
+
+def test_direct_form_sums_similarity_likelihood_and_reflection():
+    engine = Scripted(answers=(("Where does it rise?", "Alps, mostly"),), yes=("Where does it rise?",))
+    found = BSDetector(alpha=0.6, beta=0.8, k=3)([RHINE], engine)
+    similarity = 1 / 2  # alps of alps, mostly
+    # Scripted log-probabilities: -0.1 a token where the question is asked, -2 where it is not; two words and the end.
+    gain = 3 * 1.9 / math.sqrt(3)
+    agreement = 1 / (1 + math.exp(-gain))
+    assert found.consistency[0] == pytest.approx(0.6 * similarity + 0.4 * agreement, abs=1e-6)
+    assert found.reflection[0] == pytest.approx((0.9 + 0.9) / 2)
+    assert found.confidence[0] == pytest.approx(0.8 * found.consistency[0] + 0.2 * found.reflection[0])
+    assert found.errors == [""]
+    assert {a.dtype for a in (found.confidence, found.consistency, found.reflection)} == {np.dtype("float32")}
+
+
+def test_the_papers_form_takes_answers_behind_their_explanations_and_counts_equal_ones():
+    engine = Scripted(answers=(("Check step by step", "It may be."), ("Where does it rise?", "Snow melts. Answer: The Alps."),))
+    settings = BSDetector(alpha=0.8, beta=0.7, similarity=Jaccard(), samples="reasoned", reflection="reasoned")
+    found = settings([RHINE, example("Where does it rise?", "the North Sea")], engine)
+    np.testing.assert_allclose(found.consistency, [1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(found.reflection, [0.2 + 0.4 / 2] * 2, atol=1e-6)  # P(correct) + P(not sure) / 2
+    np.testing.assert_allclose(found.confidence, [0.7 + 0.3 * 0.4, 0.3 * 0.4], atol=1e-6)
+
+
+def test_paper_is_the_papers_configuration():
+    paper = BSDetector.paper()
+    assert (paper.k, paper.temperature, paper.alpha, paper.beta, paper.rounds) == (5, 1.0, 0.8, 0.7, 2)
+    assert (paper.samples, paper.reflection) == ("reasoned", "reasoned")
+    assert paper.similarity == NLI("microsoft/deberta-large-mnli")
+
+
+@pytest.mark.parametrize("form", ["direct", "reasoned"])
+def test_one_long_example_fails_alone_and_leaves_the_others_as_they_were(form):
+    settings = BSDetector(similarity=Jaccard(), samples=form, reflection=form)
+    short = [example(f"Question {i}?", f"{i}") for i in range(4)]
+    alone = settings(short, Scripted())
+    mixed = settings([*short[:2], example("x" * 20_000, "y"), *short[2:]], Scripted())
+    assert "20" in mixed.errors[2]
+    assert "the limit is 10000" in mixed.errors[2]
+    assert mixed.errors[:2] + mixed.errors[3:] == [""] * 4
+    for part in ("confidence", "consistency", "reflection"):
+        values = getattr(mixed, part)
+        assert math.isnan(values[2])
+        assert np.delete(values, 2).tobytes() == getattr(alone, part).tobytes()
+
+
+def test_a_response_that_is_too_long_in_one_of_its_questions_only():
+    response = "y" * 9_950  # fits as an answer, not inside the reflection question
+    found = BSDetector()([example("Why?", response), example("Why?", "no")], Scripted())
+    assert "the limit is 10000" in found.errors[0]
+    assert found.errors[1] == ""
+    assert not math.isnan(found.confidence[1])
+
+
+@dataclass(frozen=True)
+class Unsure(Scripted):
+    def choose(self, prompts, labels):
+        return np.full((len(prompts), len(labels)), np.nan, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Blind:
+    def __call__(self, pairs, engine):
+        return np.full(len(pairs), np.nan, dtype=np.float32)
+
+
+def test_missing_parts_give_nan_and_a_reason():
+    found = BSDetector()([RHINE], Unsure())
+    assert math.isnan(found.confidence[0])
+    assert not math.isnan(found.consistency[0])
+    assert "none of its labels" in found.errors[0]
+    found = BSDetector(similarity=Blind())([RHINE], Scripted())
+    assert math.isnan(found.confidence[0])
+    assert "similarity cannot compare" in found.errors[0]
+
+
+def test_nothing_in_nothing_out():
+    found = BSDetector()([], Scripted())
+    assert found.errors == []
+    assert found.confidence.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [({"alpha": 2}, "alpha is 2"), ({"k": 0}, "k=0"), ({"samples": "long"}, "samples is 'long'; expected 'direct' or")],
+)
+def test_settings_are_checked(settings, match):
+    with pytest.raises(ValueError, match=match):
+        BSDetector(**settings)
+
+
+def test_both_forms_run_on_a_real_engine(tiny):
+    from clear_datasets.engines.transformers import Transformers
+
+    engine = Transformers(tiny, dtype="float32")
+    rows = [example(f"Passage.\n\nQuestion {i}?", f"answer {i}") for i in range(3)]
+    direct = BSDetector(k=2, max_tokens=8)(rows, engine)
+    assert all((0 <= c <= 1) or e for c, e in zip(direct.confidence, direct.errors, strict=True))
+    assert ((direct.consistency >= 0) & (direct.consistency <= 1)).all()
+    assert direct.consistency.tobytes() == BSDetector(k=2, max_tokens=8)(rows, engine).consistency.tobytes()

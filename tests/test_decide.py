@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clear_datasets import above, curated, decide, threshold
+
+NAN = float("nan")
+
+
+def scored(values, errors=None):
+    return Dataset.from_dict(
+        {"id": list(range(len(values))), "clear_confidence": values, "clear_error": errors or [""] * len(values)}
+    )
+
+
+@given(
+    values=st.lists(st.floats(0, 1, width=32) | st.just(NAN), min_size=1, max_size=30).filter(
+        lambda v: any(not math.isnan(x) for x in v)
+    ),
+    keep=st.floats(0, 1),
+)
+def test_threshold_keeps_the_share_asked_and_only_ties_make_it_fewer(values, keep):
+    finite = [v for v in values if not math.isnan(v)]
+    gamma = threshold(scored(values), keep)
+    kept = [v for v in finite if v > gamma]
+    wanted = round(keep * len(finite))
+    assert len(kept) <= wanted
+    if len(set(finite)) == len(finite):
+        assert len(kept) == wanted
+    assert all(v in kept for v in finite if kept and v > min(kept))
+
+
+def test_the_default_threshold_is_the_median():
+    assert threshold(scored([0.25, 0.75, 0.5, 1.0, NAN])) == 0.625
+    splits = DatasetDict(train=scored([0.0, 0.25]), test=scored([0.5, 1.0]))
+    assert threshold(splits) == 0.375
+
+
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda: threshold(scored([0.5]), keep=1.5), ValueError, "keep is 1.5"),
+        (lambda: threshold(scored([NAN])), ValueError, "none of the rows has a score"),
+        (lambda: threshold(Dataset.from_dict({"a": [1]})), ValueError, r"no column 'clear_confidence' among 'a'.*map\("),
+        (lambda: threshold(scored([0.5]).to_iterable_dataset()), TypeError, "got a stream"),
+        (lambda: above(0.5, failed="loose"), ValueError, "failed is 'loose'; expected one of keep, drop, raise"),
+        (lambda: curated(scored([0.5])), ValueError, "no column 'clear_decision'"),
+        (lambda: Dataset.from_dict({"a": [1]}).filter(above(0.5)), ValueError, "no column 'clear_confidence'"),
+        (lambda: scored([NAN], ["empty"]).filter(above(0.5, failed="raise")), ValueError, r"no score \(empty\)"),
+        (lambda: scored([0.5]).map(decide(0.5)), TypeError, "batched=True"),
+    ],
+)
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+@pytest.mark.parametrize("failed, ids", [("keep", [1, 2]), ("drop", [1])])
+@pytest.mark.parametrize("batched", [False, True])
+def test_above_filters_and_failed_says_what_becomes_of_rows_without_a_score(failed, ids, batched):
+    ds = scored([0.5, 0.75, NAN])
+    assert ds.filter(above(0.5, failed=failed), batched=batched)["id"][:] == ids
+    assert [r["id"] for r in ds.to_iterable_dataset().filter(above(0.5, failed=failed))] == ids
+
+
+@pytest.mark.parametrize("kind", ["dataset", "dict", "stream"])
+def test_decide_and_curated(kind):
+    ds = scored([0.5, 0.75, NAN])
+    ds = {"dataset": ds, "dict": DatasetDict(train=ds), "stream": ds.to_iterable_dataset()}[kind]
+    decided = ds.map(decide(0.6), batched=True)
+    first = decided["train"] if kind == "dict" else decided
+    assert [r["clear_decision"] for r in first] == ["drop", "keep", "keep"]
+    left = curated(decided)
+    assert [r["id"] for r in (left["train"] if kind == "dict" else left)] == [1, 2]
+    assert [r["clear_decision"] for r in first] == ["drop", "keep", "keep"]
+
+
+def test_steps_pickle():
+    for step in (above(0.5), decide(0.5)):
+        assert pickle.loads(pickle.dumps(step)) == step

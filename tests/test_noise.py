@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from clear_datasets import noise
+
+PASSAGES = [f"River {i} is long and wide. It rises in valley {i} of the Alps. Nobody at all swims in it." for i in range(20)]
+SQUAD = Dataset.from_list(
+    [
+        {"context": p, "question": f"Where does river {i} rise?", "answer": f"in valley {i} of the Alps"}
+        for i, p in enumerate(PASSAGES)
+    ]
+    + [{"context": p, "question": f"Who swims in river {i}?", "answer": "Nobody"} for i, p in enumerate(PASSAGES)]
+)
+JSON = Dataset.from_list([{"prompt": f"Mail {i}", "response": json.dumps({"topic": f"t{i}", "n": [i]})} for i in range(20)])
+
+MAKERS = [
+    (noise.wrong_sentence, SQUAD),
+    (noise.other_answer, SQUAD),
+    (noise.swap, JSON),
+    (noise.truncate, SQUAD.select(range(20))),
+    (noise.corrupt_json, JSON),
+]
+
+
+@pytest.mark.parametrize("make, ds", MAKERS)
+def test_noise_is_marked_seeded_and_can_be_undone(make, ds):
+    target = "answer" if "answer" in ds.column_names else "response"
+    noisy = make(ds, fraction=0.25, seed=3)
+    assert noisy["noise"][:].count(make.__name__) == len(ds) // 4
+    for clean, row in zip(ds, noisy, strict=True):
+        assert row["noise_original"] == clean[target]
+        assert (row[target] != clean[target]) == bool(row["noise"])
+        assert {k: row[k] for k in clean if k != target} == {k: v for k, v in clean.items() if k != target}
+    assert make(ds, fraction=0.25, seed=3)[:] == noisy[:]
+    assert make(ds, fraction=0.25, seed=4)["noise"][:] != noisy["noise"][:]
+    assert set(make(ds, fraction=0)["noise"]) == {""}
+    with pytest.raises(ValueError, match="fraction is 2"):
+        make(ds, fraction=2)
+
+
+def test_wrong_sentences_come_from_the_passage_and_lack_the_answer():
+    for row in noise.wrong_sentence(SQUAD, fraction=1):
+        assert row["answer"] in row["context"]
+        assert row["noise_original"].lower() not in row["answer"].lower()
+
+
+def test_other_answers_are_answers_on_the_same_passage():
+    for row in noise.other_answer(SQUAD, fraction=1):
+        assert row["answer"] in SQUAD.filter(lambda r, c=row["context"]: r["context"] == c)["answer"][:]
+
+
+def test_swapped_targets_are_a_permutation():
+    noisy = noise.swap(JSON, fraction=0.5)
+    assert sorted(noisy["response"]) == sorted(JSON["response"])
+
+
+def test_swap_gives_every_row_another_target_even_where_many_are_equal():
+    ds = Dataset.from_dict({"prompt": list("abcdefgh"), "response": list("xxxxyyzz")})
+    assert all(r["response"] != r["noise_original"] for r in noise.swap(ds, fraction=1))
+    with pytest.raises(ValueError, match="8 rows are to exchange targets but 5 of them have the same one"):
+        noise.swap(Dataset.from_dict({"prompt": list("abcdefgh"), "response": list("xxxxxyyz")}), fraction=1)
+
+
+def test_truncated_targets_are_beginnings_and_corrupt_json_does_not_parse():
+    for row in noise.truncate(SQUAD.select(range(20)), fraction=1):
+        assert row["noise_original"].startswith(row["answer"])
+        assert 0.2 < len(row["answer"]) / len(row["noise_original"]) < 0.8
+    for row in noise.corrupt_json(JSON, fraction=1):
+        with pytest.raises(ValueError):
+            json.loads(row["response"])
+
+
+def test_too_few_rows_that_can_be_made_wrong():
+    with pytest.raises(ValueError, match="20 of 20 rows are to get corrupt_json, but only 0 can"):
+        noise.corrupt_json(SQUAD.select(range(20)), fraction=1)

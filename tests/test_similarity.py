@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clear_datasets import LLM, NLI, Embedding, Jaccard
+from tests.conftest import Scripted, make_tiny
+
+PAIRS = [("the Alps", "In the Alps."), ("Rhine", "Rhine"), ("Rhine", "Main"), ("the Alps", "In the Alps.")]
+
+
+@pytest.mark.parametrize(
+    "a, b, score",
+    [
+        ("Rhine", "the rhine!", 1.0),
+        ("Rhine", "Main", 0.0),
+        ("1,200 people", "1200", 0.5),
+        ("3.5", "35", 0.0),
+        ("!?", "!?", 1.0),
+        ("!?", "...", 0.0),
+        ("", "x", 0.0),
+        ("東京 です", "東京 です", 1.0),
+    ],
+)
+def test_jaccard_compares_words(a, b, score):
+    assert Jaccard()([(a, b)], None).tolist() == [score]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A random three-label classifier, and the folder of one with the labels in another order."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    folders = []
+    for names in (["contradiction", "neutral", "entailment"], ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"], ["yes", "no"]):
+        folder = tmp_path_factory.mktemp("nli")
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz."]
+        vocabulary += ["##" + c for c in "abcdefghijklmnopqrstuvwxyz"]
+        (folder / "vocab.txt").write_text("\n".join(vocabulary))
+        BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=40, id2label=dict(enumerate(names)), initializer_range=0.5,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config).eval()
+        if names[0] == "ENTAILMENT":  # the same function with its outputs in the other order
+            model.classifier.weight.data = model.classifier.weight.data.flip(0)
+            model.classifier.bias.data = model.classifier.bias.data.flip(0)
+        model.save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+def contradiction(folder: Path, a: str, b: str) -> float:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        return float(model(**tokenizer(a, b, return_tensors="pt")).logits.softmax(-1)[0, 0])
+
+
+def test_nli_is_one_minus_contradiction_in_both_orders(classifier):
+    found = NLI(str(classifier[0]), batch_size=2)(PAIRS, None)
+    wanted = [1 - (contradiction(classifier[0], a, b) + contradiction(classifier[0], b, a)) / 2 for a, b in PAIRS]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert len(set(np.round(found, 4))) == 3
+
+
+def test_nli_reads_the_label_order_from_the_config(classifier):
+    np.testing.assert_allclose(NLI(str(classifier[1]))(PAIRS, None), NLI(str(classifier[0]))(PAIRS, None), atol=1e-5)
+
+
+def test_nli_takes_texts_longer_than_its_positions_and_refuses_other_classifiers(classifier):
+    assert 0 <= NLI(str(classifier[0]))([("word " * 300, "other " * 300)], None)[0] <= 1
+    with pytest.raises(ValueError, match="has the labels yes, no; NLI needs one named contradiction"):
+        NLI(str(classifier[2]))(PAIRS, None)
+
+
+def test_embedding_is_the_cosine_of_mean_states(classifier):
+    found = Embedding(str(classifier[0]), batch_size=2)(PAIRS, None)
+    assert found[1] == pytest.approx(1, abs=1e-5)
+    assert 0 <= found.min() <= found[2] < 0.999
+    assert found[0] == found[3]
+
+
+def test_llm_asks_the_same_model_in_both_orders(tmp_path):
+    found = LLM()(PAIRS, Scripted(yes=("Alps",)))
+    np.testing.assert_allclose(found, [0.9, 1.0, 0.2, 0.9], atol=1e-6)
+    from clear_datasets.engines.transformers import Transformers
+
+    engine = Transformers(str(make_tiny(tmp_path)), dtype="float32")
+    real = LLM()([("Rhine", "Main"), ("Main", "Rhine")], engine)
+    assert real[0] == real[1] or math.isnan(real[0])
+
+
+def test_llm_gives_nan_to_pairs_that_are_too_long():
+    found = LLM()([("x" * 20_000, "y"), ("Rhine", "Main")], Scripted())
+    assert math.isnan(found[0])
+    assert found[1] == pytest.approx(0.2)

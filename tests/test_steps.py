@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets.fingerprint import Hasher
+
+import clear_datasets
+from clear_datasets import BSDetector, Chat, Clear, Columns
+from clear_datasets.engines.transformers import Transformers
+from clear_datasets.formats import FormatError
+from tests.conftest import Scripted
+
+ROWS = {"question": ["Where?", "Who?", "", "When?"], "answer": ["Alps", "Ada", "x", None], "id": [1, 2, 3, 4]}
+ADDED = ["clear_confidence", "clear_consistency", "clear_reflection", "clear_error"]
+CLEAR = Clear(engine=Scripted(answers=(("Where?", "Alps"),), yes=("Alps",)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_score_adds_typed_columns_and_changes_none(batch_size):
+    ds = Dataset.from_dict(ROWS)
+    scored = ds.map(CLEAR.score, batched=True, batch_size=batch_size)
+    assert scored.column_names == [*ds.column_names, *ADDED]
+    assert scored.select_columns(ds.column_names)[:] == ds[:]
+    assert scored.features == Clear.features(ds.features)
+    confidence = scored["clear_confidence"][:]
+    assert confidence[0] > confidence[1]
+    assert [math.isnan(c) for c in confidence] == [False, False, True, True]
+    assert scored["clear_error"][:] == [
+        "", "", "column 'question' is empty", "column 'answer' holds nothing; expected text",
+    ]  # fmt: skip
+
+
+def test_a_first_batch_without_any_score_does_not_fix_the_types():
+    ds = Dataset.from_dict({"prompt": ["", "", "Where?"], "response": ["", "", "Alps"]})
+    scored = ds.map(CLEAR.score, batched=True, batch_size=1)
+    assert scored.features["clear_confidence"] == Value("float32")
+    assert not math.isnan(scored[2]["clear_confidence"])
+
+
+def test_splits_and_streams():
+    ds = Dataset.from_dict(ROWS)
+    alone = ds.map(CLEAR.score, batched=True)[:]
+    splits = DatasetDict(train=ds, test=ds.select([0])).map(CLEAR.score, batched=True)
+    assert str(splits["train"][:]) == str(alone)
+    stream = ds.to_iterable_dataset().map(CLEAR.score, batched=True, batch_size=2, features=Clear.features(ds.features))
+    assert stream.features == Clear.features(ds.features)
+    np.testing.assert_array_equal([r["clear_confidence"] for r in stream], alone["clear_confidence"])
+
+
+def test_formats_are_inferred_or_named():
+    chat = Dataset.from_dict({"talk": [[{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]]})
+    with pytest.raises(FormatError, match="found the columns 'talk'"):
+        chat.map(CLEAR.score, batched=True)
+    assert chat.map(replace(CLEAR, format=Chat("talk")).score, batched=True)[0]["clear_error"] == ""
+    flat = Dataset.from_dict({"q": ["Where?"], "a": ["Alps"]})
+    assert flat.map(replace(CLEAR, format=Columns("q", "a")).score, batched=True)[0]["clear_error"] == ""
+
+
+def test_without_batched_the_error_says_so():
+    with pytest.raises(TypeError, match="batched=True"):
+        Dataset.from_dict(ROWS).map(CLEAR.score)
+
+
+def hash_elsewhere(code: str) -> str:
+    program = f"from clear_datasets import *\nfrom datasets.fingerprint import Hasher\nprint(Hasher.hash(({code}).score))"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_equal_settings_hash_equal_across_processes_and_others_do_not(tiny):
+    code = f"Clear({tiny!r}, confidence=BSDetector(k=2))"
+    clear = Clear(tiny, confidence=BSDetector(k=2))
+    assert Hasher.hash(clear.score) == hash_elsewhere(code)
+    others = [
+        Clear(tiny), Clear(tiny, "main", confidence=BSDetector(k=2)), Clear(tiny, confidence=BSDetector(k=2, beta=0.5)),
+        Clear(tiny, confidence=BSDetector(k=2), format=Columns()),
+        Clear(tiny, confidence=BSDetector(k=2), engine=Transformers(tiny, seed=1)),
+    ]  # fmt: skip
+    assert len({Hasher.hash(c.score) for c in [clear, *others]}) == 6
+
+
+def test_a_raised_revision_of_the_scores_changes_the_hash(monkeypatch):
+    before = Hasher.hash(Clear("m").score)
+    monkeypatch.setattr("clear_datasets.steps.SCORES_REVISION", 10_000)
+    assert Hasher.hash(Clear("m").score) != before
+
+
+def test_a_second_map_comes_from_the_cache_and_another_model_or_prompt_does_not(tiny, tmp_path, user):
+    ds = Dataset.from_dict({"question": ["Where?", "Who?"], "answer": ["Alps", "Ada"]})
+    ds.save_to_disk(tmp_path / "ds")
+    ds = Dataset.load_from_disk(str(tmp_path / "ds"))
+    settings = BSDetector(k=1, max_tokens=4)
+    first = ds.map(Clear(tiny, confidence=settings).score, batched=True)
+    again = ds.map(Clear(tiny, confidence=settings).score, batched=True)
+    assert first.cache_files == again.cache_files != []
+    for other in (
+        Clear(tiny, confidence=replace(settings, samples="reasoned", reflection="reasoned", k=1)),
+        Clear(tiny, confidence=settings, format=Columns("answer", "question")),
+        Clear(tiny, confidence=settings, engine=Transformers(tiny, dtype="float64")),
+    ):
+        assert ds.map(other.score, batched=True).cache_files != first.cache_files
+
+
+def test_worker_processes_give_the_same_scores(tiny):
+    ds = Dataset.from_dict({"question": [f"Where is {i}?" for i in range(6)], "answer": [f"at {i}" for i in range(6)]})
+    clear = Clear(engine=Transformers(tiny, dtype="float32", device="cpu"), confidence=BSDetector(k=2, max_tokens=4))
+    two = ds.map(clear.score, batched=True, num_proc=2, with_rank=True)
+    one = ds.map(clear.score, batched=True)
+    np.testing.assert_allclose(two["clear_consistency"][:], one["clear_consistency"][:], atol=1e-4)
+
+
+def test_the_modules_own_score_is_that_of_a_default_clear(tiny, monkeypatch):
+    monkeypatch.setenv("CLEAR_MODEL", tiny)
+    assert clear_datasets.score.__self__ == Clear(tiny)
+    ds = Dataset.from_dict({"question": ["Where?"], "answer": ["Alps"]})
+    scored = ds.map(clear_datasets.score, batched=True)
+    assert "clear_confidence" in scored.column_names
+    with pytest.raises(AttributeError, match="no attribute 'scores'"):
+        clear_datasets.scores  # noqa: B018
+
+
+def test_importing_the_package_loads_no_model_library():
+    program = "import sys, clear_datasets; print([m for m in ('torch', 'transformers', 'vllm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_features_are_the_sources_and_the_added_ones():
+    features = Clear.features(Features({"question": Value("string")}))
+    assert list(features) == ["question", *ADDED]
