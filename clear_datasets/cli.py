@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -36,14 +36,18 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 _console = Console(stderr=True)
 
 
-class _Failed(str, Enum):
+class _Failed(StrEnum):
     keep = "keep"
     drop = "drop"
     error = "raise"
 
 
-_Source = Annotated[str, typer.Argument(metavar="SRC", help="Hub id, file or glob (.jsonl .json .csv .parquet), or folder.")]
-_Out = Annotated[Path, typer.Option("--output", "-o", help="Where to write: .jsonl, .json, .csv, .parquet, or a folder.")]
+_Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="Hub id, file or glob (.jsonl .json .csv .parquet), or folder.")
+]
+_Out = Annotated[
+    Path, typer.Option("--output", "-o", help="Where to write: .jsonl, .json, .csv, .parquet, or a folder.")
+]
 _Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder or .gguf file.", envvar="CLEAR_MODEL")]
 _ModelRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 _Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset or folder (default: its only one).")]
@@ -173,7 +177,14 @@ def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
     """`rows.map(clear.score)` with a progress bar; rows scored before with the same settings come from the cache."""
     from datasets import disable_progress_bars
     from datasets.fingerprint import Hasher
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     disable_progress_bars()
     started = time.monotonic()
@@ -193,13 +204,17 @@ def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
 
         fingerprint = Hasher.hash((rows._fingerprint, clear.score, batch_size))
         scored = rows.map(step, batched=True, batch_size=batch_size, new_fingerprint=fingerprint)
-        progress.update(task, completed=len(rows), **({} if done else {"speed": "from the cache"}))
+        if not done:
+            progress.update(task, speed="from the cache")
+        progress.update(task, completed=len(rows))
     return scored
 
 
 def _check_out(out: Path) -> None:
     if out.suffix and out.suffix not in _LOADERS:
-        _fail(f"cannot write {out.suffix} files: end OUT in {', '.join(_LOADERS)}, or give a folder without an ending", 2)
+        _fail(
+            f"cannot write {out.suffix} files: end OUT in {', '.join(_LOADERS)}, or give a folder without an ending", 2
+        )
     if out.is_dir() and any(out.iterdir()) and not (out / "dataset_info.json").exists():
         _fail(f"{out} is a folder with other things in it: give another OUT", 2)
 
@@ -233,7 +248,7 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
 
     from clear_datasets.formats import infer
 
-    confidence = np.asarray(ds.with_format("numpy")["clear_confidence"][:], dtype=float)
+    confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)
     table = Table(title=f"{len(ds):,} rows with {clear.model}", title_justify="left", show_header=False)
     if gamma is not None:
@@ -252,7 +267,9 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
         example = form.read(ds[int(i)])
         prompt = example.prompt[-1]["content"]
-        least.add_row(str(i), f"{confidence[i]:.3f}", escape(_short(prompt, last=True)), escape(_short(example.response)))
+        least.add_row(
+            str(i), f"{confidence[i]:.3f}", escape(_short(prompt, last=True)), escape(_short(example.response))
+        )
     _console.print(least)
     errors = [e for e in ds["clear_error"][:] if e]
     for error in sorted(set(errors), key=errors.count, reverse=True)[:5]:
@@ -285,3 +302,7 @@ def _clear_errors() -> Iterator[None]:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"clear-datasets: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,8 @@ from clear_datasets.prompts import Form
 from clear_datasets.similarity import NLI, Jaccard, Similarity, words
 
 Scores = npt.NDArray[np.float32]
+
+_SCALE = 2.0  # nats; chosen with alpha on rows that no figure is reported on, see docs/log.md
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,17 @@ class BSDetector:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, a weight; expected a number from 0 to 1")
         if self.k < 1 or self.rounds < 1 or self.max_tokens < 1:
-            raise ValueError(f"k={self.k}, rounds={self.rounds}, max_tokens={self.max_tokens}; expected at least 1 of each")
+            raise ValueError(
+                f"k={self.k}, rounds={self.rounds}, max_tokens={self.max_tokens}; expected at least 1 of each"
+            )
         for name in ("samples", "reflection"):
             if getattr(self, name) not in ("direct", "reasoned"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'direct' or 'reasoned'")
+
+    @property
+    def samples_needed(self) -> bool:
+        """Whether any sample has a weight: sampling is the cost."""
+        return self.beta > 0 and (self.alpha > 0 or self.samples == "reasoned")
 
     @classmethod
     def paper(cls) -> BSDetector:
@@ -77,9 +88,10 @@ class BSDetector:
         """
         run = _Run(self, examples, engine)
         first = run.ask(run.questions)
-        reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
         consistency = run.consistency(first)
-        total = np.float32(self.beta) * consistency + np.float32(1 - self.beta) * reflection
+        reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
+        parts = [(self.beta, consistency), (1 - self.beta, reflection)]  # a part without weight is not asked for
+        total = sum((np.float32(w) * part for w, part in parts if w), np.zeros(len(examples), dtype=np.float32))
         for i in np.flatnonzero(np.isnan(total)):
             run.errors[i] = run.errors[i] or (
                 "the model answers the reflection question with none of its labels"
@@ -111,63 +123,76 @@ class _Run:
     def questions(self, i: int) -> Asks:
         """The samples of a row, and in the direct form all that one forward pass tells."""
         settings, (prompt, response) = self.settings, (self.examples[i].prompt, self.examples[i].response)
-        own = prompts.sample(prompt, settings.samples)
-        direct = settings.samples == "direct"
+        own, base = (prompts.sample(p, settings.samples) for p in (prompt, prompts.unasked(prompt)))
+        reads = settings.beta > 0 and settings.alpha < 1 and settings.samples == "direct"
+        reflects = settings.beta < 1 and settings.reflection == "direct"
         return Asks(
-            generate=[own],
+            generate=[own] if settings.samples_needed else [],
             n=settings.k,
             temperature=settings.temperature,
             max_tokens=settings.max_tokens,
-            choose=prompts.reflect(prompt, response) if settings.reflection == "direct" else [],
-            labels=prompts.LABELS if settings.reflection == "direct" else (),
-            read=[(own, response), (prompts.sample(prompts.unasked(prompt), "direct"), response)] if direct else [],
+            choose=prompts.reflect(prompt, response) if reflects else [],
+            labels=prompts.LABELS if reflects else (),
+            read=[(own, response), (base, response)] if reads else [],
         )
 
     def direct_reflection(self, first: dict[int, Answers]) -> Scores:
         """The mean probability of "Yes" over both orders of the labels."""
         scores = np.full(len(self.examples), np.nan, dtype=np.float32)
         for i, answers in first.items():
-            scores[i] = answers.chosen[:, 0].mean()
+            scores[i] = answers.chosen[:, 0].mean() if len(answers.chosen) else np.nan
         return scores
 
     def reasoned_reflection(self) -> Scores:
         """The mean over the rounds of P(correct) + P(not sure) / 2, each round after an explanation of its own."""
         asked: dict[int, Messages] = {i: prompts.consider(e.prompt, e.response) for i, e in enumerate(self.examples)}
         rounds = np.full((len(self.examples), self.settings.rounds), np.nan, dtype=np.float32)
+        if self.settings.beta == 1:
+            return rounds[:, 0]
         for number in range(self.settings.rounds):
             reasons = self.ask(lambda i: Asks(generate=[asked[i]], max_tokens=self.settings.max_tokens))
             judged = {i: prompts.verdict(asked[i], answers.generated[0][0]) for i, answers in reasons.items()}
-            verdicts = self.ask(lambda i: Asks(choose=[judged[i]], labels=prompts.VERDICTS))
+            verdicts = self.ask(partial(_verdict, judged))
             for i, answers in verdicts.items():
                 right, _, unsure = answers.chosen[0]
                 rounds[i, number] = right + unsure / 2
                 letter = prompts.VERDICTS[int(np.argmax(answers.chosen[0]))]
                 asked[i] = prompts.reconsider(judged[i], letter)
-        return rounds.mean(axis=1)
+        means: Scores = rounds.mean(axis=1)
+        return means
 
     def consistency(self, first: dict[int, Answers]) -> Scores:
-        """alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row."""
-        settings, examples = self.settings, self.examples
-        scores = np.full(len(examples), np.nan, dtype=np.float32)
-        if not first:
+        """Alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row."""
+        settings, scores = self.settings, np.full(len(self.examples), np.nan, dtype=np.float32)
+        if settings.beta == 0:
             return scores
-        samples = {i: [prompts.answer_of(t, settings.samples) for t in a.generated[0]] for i, a in first.items()}
-        pairs = [(examples[i].response, sample) for i in first for sample in samples[i]]
-        similar = settings.similarity(pairs, self.engine).reshape(len(first), settings.k)
-        for i, row in zip(first, similar, strict=True):
-            if settings.samples == "direct":
-                agreement = _calibrated(*first[i].read)
-            else:
-                agreement = float(np.mean([words(s) == words(examples[i].response) for s in samples[i]]))
-            if not np.isnan(row).all():
-                scores[i] = settings.alpha * np.nanmean(row) + (1 - settings.alpha) * agreement
+        responses = {i: self.examples[i].response for i in first}
+        samples = {i: [prompts.answer_of(t, settings.samples) for a in answers.generated for t in a]
+                   for i, answers in first.items()}  # fmt: skip
+        pairs = [(responses[i], sample) for i in first for sample in samples[i]]
+        similar = iter(settings.similarity(pairs, self.engine) if pairs else ())
+        for i, answers in first.items():
+            agreement = (
+                _calibrated(*answers.read)
+                if answers.read
+                else float(np.mean([words(s) == words(responses[i]) for s in samples[i]]))
+            )
+            near = np.array([next(similar) for _ in samples[i]], dtype=np.float32)
+            if not len(near):
+                scores[i] = agreement
+            elif not np.isnan(near).all():
+                scores[i] = settings.alpha * np.nanmean(near) + (1 - settings.alpha) * agreement
         return scores
 
 
+def _verdict(judged: dict[int, Messages], i: int) -> Asks:
+    return Asks(choose=[judged[i]], labels=prompts.VERDICTS)
+
+
 def _calibrated(asked: npt.NDArray[np.float32], unasked: npt.NDArray[np.float32]) -> float:
-    """How much likelier the question makes the response, as a probability."""
-    gain = float(asked.sum() - unasked.sum()) / np.sqrt(len(asked))
-    return float(1 / (1 + np.exp(-gain)))
+    """How much likelier the question makes the response, as a probability; 0.5 where it makes no difference."""
+    gain = float(asked.sum() - unasked.sum()) / np.sqrt(len(asked))  # a sum over tokens spreads like the root of them
+    return float(1 / (1 + np.exp(-gain / _SCALE)))
 
 
 _PARTS = ("generate", "choose", "read")
@@ -175,7 +200,7 @@ _PARTS = ("generate", "choose", "read")
 
 def _join(each: Sequence[Asks]) -> Asks:
     """One question to the engine out of those of the rows, which are alike in all but their prompts."""
-    joined = {part: [p for asks in each for p in getattr(asks, part)] for part in _PARTS}
+    joined: dict[str, Any] = {part: [p for asks in each for p in getattr(asks, part)] for part in _PARTS}
     return replace(each[0], **joined)
 
 

@@ -49,13 +49,15 @@ def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear
     values = []
     for split in splits:
         if not hasattr(split, "__len__"):
-            raise TypeError("threshold() needs all rows and got a stream: score and save it first, or choose a fixed gamma")
+            raise TypeError(
+                "threshold() needs all rows and got a stream: score and save it first, or choose a fixed gamma"
+            )
         if column not in split.column_names:
             raise ValueError(
                 f"no column {column!r} among {', '.join(map(repr, split.column_names))}: "
                 "run ds = ds.map(clear.score, batched=True) first"
             )
-        values.append(np.asarray(split.with_format("numpy")[column][:], dtype=np.float64))
+        values.append(split.select_columns(column).with_format("arrow")[:][column].to_numpy().astype(np.float64))
     scores = np.sort(np.concatenate(values))
     scores = scores[~np.isnan(scores)]
     if not len(scores):
@@ -94,6 +96,7 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
             raise ValueError(f"failed is {self.failed!r}; expected one of {', '.join(_FAILED)}")
 
     def __call__(self, row: Mapping[str, Any]) -> bool | list[bool]:
+        """Whether a row stays; a list of it for a batch."""
         if self.column not in row:
             raise ValueError(f"no column {self.column!r} in the row: run ds.map(clear.score, batched=True) first")
         value = row[self.column]
@@ -110,7 +113,9 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         return self.failed == "keep"
 
 
-def decide(gamma: float, failed: Failed = "keep", column: str = "clear_confidence") -> Callable[..., dict[str, list[str]]]:
+def decide(
+    gamma: float, failed: Failed = "keep", column: str = "clear_confidence"
+) -> Callable[..., dict[str, list[str]]]:
     """A step for ``ds.map(..., batched=True)`` that adds ``clear_decision``: "keep" or "drop".
 
     Args:

@@ -41,7 +41,7 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """Flat rows: a column for the prompt and one for the response.
+    r"""Flat rows: a column for the prompt and one for the response.
 
     `prompt` and `response` may also hold message lists, as in conversational prompt/completion datasets.
 
@@ -55,7 +55,7 @@ class Columns:
         >>> alpaca = Columns(prompt="instruction", input="input", response="output")
         >>> row = {"instruction": "Translate to French.", "input": "cat", "output": "chat"}
         >>> alpaca.read(row).prompt
-        [{'role': 'user', 'content': 'Translate to French.\\n\\ncat'}]
+        [{'role': 'user', 'content': 'Translate to French.\n\ncat'}]
         >>> alpaca.write(row, "le chat")
         {'output': 'le chat'}
     """
@@ -83,7 +83,9 @@ class Columns:
             return Example(turns, _text(row, self.response))
         replies = [_message(m, self.response) for m in row[self.response]]
         if len(replies) != 1 or replies[0]["role"] != "assistant" or not replies[0]["content"].strip():
-            raise FormatError(f"column {self.response!r} holds {len(replies)} messages; expected one from the assistant")
+            raise FormatError(
+                f"column {self.response!r} holds {len(replies)} messages; expected one from the assistant"
+            )
         return Example(turns, replies[0]["content"])
 
     def write(self, row: Row, response: str) -> dict[str, Any]:
@@ -224,7 +226,9 @@ def _keys(turns: Any) -> set[str]:
 
 def _message(message: Any, column: str) -> dict[str, str]:
     if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant"):
-        raise FormatError(f"column {column!r} holds {_kind(message)} in its list; expected messages with role and content")
+        raise FormatError(
+            f"column {column!r} holds {_kind(message)} in its list; expected messages with role and content"
+        )
     return {"role": message["role"], "content": _string(message.get("content"), f"a message of {column!r}", True)}
 
 

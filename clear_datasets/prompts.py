@@ -24,11 +24,11 @@ _SAMPLE = {
 
 
 def sample(prompt: Messages, form: Form) -> Messages:
-    """Ask for the model's own answer.
+    r"""Ask for the model's own answer.
 
     Example:
         >>> sample([{"role": "user", "content": "2 + 2?"}], "direct")
-        [{'role': 'user', 'content': '2 + 2?\\n\\nReply with the answer alone, without any explanation.'}]
+        [{'role': 'user', 'content': '2 + 2?\n\nReply with the answer alone, without any explanation.'}]
     """
     return _append(prompt, _SAMPLE[form])
 
@@ -44,10 +44,10 @@ def answer_of(text: str, form: Form) -> str:
 
 
 def unasked(prompt: Messages) -> Messages:
-    """The prompt without its last paragraph, which mostly is the question: what was there before anything was asked.
+    r"""The prompt without its last paragraph, which mostly is the question: what was there before anything was asked.
 
     Example:
-        >>> unasked([{"role": "user", "content": "A long passage.\\n\\nWho wrote it?"}])
+        >>> unasked([{"role": "user", "content": "A long passage.\n\nWho wrote it?"}])
         [{'role': 'user', 'content': 'A long passage.'}]
     """
     *turns, last = prompt

@@ -103,9 +103,7 @@ class Clear:
         """
         from datasets import Features, Value
 
-        return Features(
-            {**features, **{name: Value("float32") for name in _COLUMNS}, "clear_error": Value("string")}
-        )
+        return Features({**features, **{name: Value("float32") for name in _COLUMNS}, "clear_error": Value("string")})
 
     def _read(self, rows: list[dict[str, Any]]) -> tuple[list[Example | None], list[str]]:
         examples: list[Example | None] = []
@@ -126,6 +124,8 @@ def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, values in columns.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
             raise TypeError(f"column {name!r} holds one value, not a batch: use ds.map(clear.score, batched=True)")
-    lists = {name: values.tolist() if isinstance(values, np.ndarray) else list(values) for name, values in columns.items()}
+    lists = {
+        name: values.tolist() if isinstance(values, np.ndarray) else list(values) for name, values in columns.items()
+    }
     size = len(next(iter(lists.values()), []))
     return [{name: values[i] for name, values in lists.items()} for i in range(size)]

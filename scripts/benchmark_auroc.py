@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -25,7 +26,7 @@ import torch
 from datasets import Dataset
 
 from clear_datasets import LLM, BSDetector, Clear, Embedding, Jaccard, infer, noise
-from clear_datasets.engines import Engine, Messages
+from clear_datasets.engines import Answers, Asks, Engine, Messages
 from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.noise import auroc
@@ -48,41 +49,42 @@ class Recorder(Engine):
     def generate(
         self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
     ) -> list[list[str]]:
-        return self.answer(prompts, (), (), n=n, temperature=temperature, max_tokens=max_tokens)[0]
+        return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
 
     def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
-        return self.answer((), prompts, labels)[1]
+        return self.answer(Asks(choose=prompts, labels=labels)).chosen
 
-    def answer(self, generate, choose, labels, *, n=1, temperature=0.0, max_tokens=512):
-        drawn = [repr((p, n, temperature, max_tokens)) for p in generate]
-        read = [repr((p, tuple(labels))) for p in choose]
-        new = [i for i, key in enumerate(drawn) if key not in self.known]
-        ask = [i for i, key in enumerate(read) if key not in self.known]
-        settings = {"n": n, "temperature": temperature, "max_tokens": max_tokens}
-        texts, chosen = self.engine.answer([generate[i] for i in new], [choose[i] for i in ask], labels, **settings)
-        self.known.update(zip([drawn[i] for i in new], texts, strict=True))
-        self.known.update(zip([read[i] for i in ask], chosen, strict=True))
+    def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[np.ndarray]:
+        return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
+
+    def answer(self, asks: Asks) -> Answers:
+        keys = {
+            "generate": [repr((p, asks.n, asks.temperature, asks.max_tokens)) for p in asks.generate],
+            "choose": [repr((p, tuple(asks.labels))) for p in asks.choose],
+            "read": [repr(pair) for pair in asks.read],
+        }
+        new = {kind: [i for i, key in enumerate(of) if key not in self.known] for kind, of in keys.items()}
+        rest = replace(asks, **{kind: [getattr(asks, kind)[i] for i in new[kind]] for kind in keys})
+        answers = self.engine.answer(rest)
+        for kind, found in (("generate", answers.generated), ("choose", answers.chosen), ("read", answers.read)):
+            self.known.update(zip([keys[kind][i] for i in new[kind]], found, strict=True))
+        self._count(rest, answers)
+        every = {kind: [self.known[key] for key in of] for kind, of in keys.items()}
+        chosen = np.array(every["choose"], dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
+        return Answers(every["generate"], chosen, every["read"])
+
+    def _count(self, asks: Asks, answers: Answers) -> None:
         checkpoint = load(self.engine)
-        prompts = [generate[i] for i in new] + [choose[i] for i in ask]
+        prompts = [*asks.generate, *asks.choose, *(p for p, _ in asks.read)]
         self.tokens["prompt"] += sum(map(len, checkpoint.encode(prompts, [0] * len(prompts))))
-        self.tokens["generated"] += sum(
-            len(ids) for t in texts for ids in checkpoint.tokenizer(t, add_special_tokens=False)["input_ids"]
-        )
-        return [self.known[k] for k in drawn], np.array([self.known[k] for k in read]).reshape(len(read), len(labels))
+        self.tokens["prompt"] += sum(len(checkpoint.response(r)) for _, r in asks.read)
+        self.tokens["generated"] += sum(len(checkpoint.response(t)) for texts in answers.generated for t in texts)
 
 
-def token_logprob(rows: Dataset, engine: Transformers) -> list[float]:
+def token_logprob(rows: Dataset, engine: Engine) -> list[float]:
     """Mean log-probability of the target's tokens, given the prompt."""
-    checkpoint, form, means = load(engine), infer(rows.features), []
-    for row in rows:
-        example = form.read(row)
-        ids = checkpoint.encode([example.prompt], [0])[0]
-        target = checkpoint.tokenizer.encode(example.response, add_special_tokens=False)
-        with torch.inference_mode():
-            logits = checkpoint.model(torch.tensor([ids + target], device=checkpoint.device)).logits[0].float()
-        logprobs = logits[len(ids) - 1 : -1].log_softmax(-1)
-        means.append(float(logprobs.gather(1, torch.tensor(target, device=checkpoint.device)[:, None]).mean()))
-    return means
+    examples = [infer(rows.features).read(row) for row in rows]
+    return [float(x[:-1].mean()) for x in engine.logprobs([e.prompt for e in examples], [e.response for e in examples])]
 
 
 def measure(scores: Sequence[float], good: Sequence[bool], resamples: int = 2000) -> dict[str, object]:
@@ -113,16 +115,17 @@ def auprc(scores: np.ndarray, good: np.ndarray) -> float:
 
 
 def estimators(args: argparse.Namespace) -> dict[str, BSDetector]:
-    default = BSDetector()
-    every = {"default": default}
     similarities = {"jaccard": Jaccard(), "llm": LLM()}
     if args.embedding:
         similarities["embedding"] = Embedding(args.embedding)
-    for name, similarity in similarities.items():
-        every[f"direct, {name}"] = BSDetector(similarity=similarity)
-    if args.reasoned:
-        for name, similarity in similarities.items():
-            every[f"reasoned, {name}"] = BSDetector(similarity=similarity, samples="reasoned", reflection="reasoned")
+    every = {"default": BSDetector()}
+    for form in args.forms:
+        for name in args.similarities:
+            if form == "reasoned":
+                # The paper's form and weights, with the similarities that there are.
+                every[f"{form}, {name}"] = replace(BSDetector.paper(), similarity=similarities[name])
+            else:
+                every[f"{form}, {name} only"] = BSDetector(similarity=similarities[name], alpha=1.0)
     return every
 
 
@@ -132,7 +135,8 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--half", choices=["choose", "report"], default="report")
-    parser.add_argument("--reasoned", action="store_true", help="the reasoned form too")
+    parser.add_argument("--forms", nargs="*", choices=["direct", "reasoned"], default=["direct"])
+    parser.add_argument("--similarities", nargs="*", choices=["jaccard", "embedding", "llm"], default=["jaccard"])
     parser.add_argument("--embedding", help="a sentence-embedding checkpoint for the embedding similarity")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -160,7 +164,7 @@ def main() -> None:
         print(name, json.dumps({p: scores[f"{name}: {p}"] for p in ("confidence", "consistency", "reflection")}),
               json.dumps(cost.get(name)), flush=True)  # fmt: skip
     scores["target length, shorter is better"] = measure([-len(t) for t in targets], good)
-    scores["mean token log-probability of the target"] = measure(token_logprob(rows, engine), good)
+    scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder), good)
     entry = {
         "task": args.task,
         "model": Path(args.model).stem,
@@ -177,7 +181,9 @@ def main() -> None:
     print(json.dumps(entry, indent=1))
     if args.out:
         entries = json.loads(args.out.read_text()) if args.out.exists() else []
-        entries = [e for e in entries if (e["task"], e["model"], e["half"]) != (entry["task"], entry["model"], args.half)]
+        entries = [
+            e for e in entries if (e["task"], e["model"], e["half"]) != (entry["task"], entry["model"], args.half)
+        ]
         args.out.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
 

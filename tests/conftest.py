@@ -1,4 +1,4 @@
-"""What tests share: a tiny random model for the real engine, a scripted engine for logic, the 0.5B model for meaning."""
+"""What tests share: a tiny model for the real engine, a scripted engine for logic, the 0.5B model for meaning."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_direct_form_sums_similarity_likelihood_and_reflection():
     similarity = 1 / 2  # alps of alps, mostly
     # Scripted log-probabilities: -0.1 a token where the question is asked, -2 where it is not; two words and the end.
     gain = 3 * 1.9 / math.sqrt(3)
-    agreement = 1 / (1 + math.exp(-gain))
+    agreement = 1 / (1 + math.exp(-gain / 2))
     assert found.consistency[0] == pytest.approx(0.6 * similarity + 0.4 * agreement, abs=1e-6)
     assert found.reflection[0] == pytest.approx((0.9 + 0.9) / 2)
     assert found.confidence[0] == pytest.approx(0.8 * found.consistency[0] + 0.2 * found.reflection[0])
@@ -33,7 +33,12 @@ def test_direct_form_sums_similarity_likelihood_and_reflection():
 
 
 def test_the_papers_form_takes_answers_behind_their_explanations_and_counts_equal_ones():
-    engine = Scripted(answers=(("Check step by step", "It may be."), ("Where does it rise?", "Snow melts. Answer: The Alps."),))
+    engine = Scripted(
+        answers=(
+            ("Check step by step", "It may be."),
+            ("Where does it rise?", "Snow melts. Answer: The Alps."),
+        )
+    )
     settings = BSDetector(alpha=0.8, beta=0.7, similarity=Jaccard(), samples="reasoned", reflection="reasoned")
     found = settings([RHINE, example("Where does it rise?", "the North Sea")], engine)
     np.testing.assert_allclose(found.consistency, [1.0, 0.0], atol=1e-6)
@@ -91,6 +96,34 @@ def test_missing_parts_give_nan_and_a_reason():
     found = BSDetector(similarity=Blind())([RHINE], Scripted())
     assert math.isnan(found.confidence[0])
     assert "similarity cannot compare" in found.errors[0]
+
+
+@dataclass(frozen=True)
+class Counting(Scripted):
+    def answer(self, asks):
+        COUNTED.append((len(asks.generate), len(asks.choose), len(asks.read)))
+        return super().answer(asks)
+
+
+COUNTED: list[tuple[int, int, int]] = []
+
+
+@pytest.mark.parametrize(
+    "settings, asked",
+    [
+        ({}, (1, 2, 2)),
+        ({"alpha": 1.0}, (1, 2, 0)),
+        ({"alpha": 0.0}, (0, 2, 2)),
+        ({"beta": 1.0}, (1, 0, 2)),
+        ({"beta": 0.0}, (0, 2, 0)),
+    ],
+)
+def test_what_has_no_weight_is_not_asked_for(settings, asked):
+    COUNTED.clear()
+    found = BSDetector(**settings)([RHINE], Counting())
+    assert [tuple(map(sum, zip(*COUNTED, strict=True)))] == [asked]
+    assert found.errors == [""]
+    assert 0 <= found.confidence[0] <= 1
 
 
 def test_nothing_in_nothing_out():

@@ -47,7 +47,11 @@ def test_the_default_threshold_is_the_median():
     [
         (lambda: threshold(scored([0.5]), keep=1.5), ValueError, "keep is 1.5"),
         (lambda: threshold(scored([NAN])), ValueError, "none of the rows has a score"),
-        (lambda: threshold(Dataset.from_dict({"a": [1]})), ValueError, r"no column 'clear_confidence' among 'a'.*map\("),
+        (
+            lambda: threshold(Dataset.from_dict({"a": [1]})),
+            ValueError,
+            r"no column 'clear_confidence' among 'a'.*map\(",
+        ),
         (lambda: threshold(scored([0.5]).to_iterable_dataset()), TypeError, "got a stream"),
         (lambda: above(0.5, failed="loose"), ValueError, "failed is 'loose'; expected one of keep, drop, raise"),
         (lambda: curated(scored([0.5])), ValueError, "no column 'clear_decision'"),

@@ -93,9 +93,9 @@ UNREADABLE = [
     (Chat(), {"messages": []}, "has 0 turns"),
     (Chat(), {"messages": None}, "holds nothing; expected a list of turns"),
     (Chat(), {"messages": [FIVE]}, "no text before the last assistant turn"),
-    (Chat(), {"messages": [USER, {"role": "assistant", "content": ""}]}, "the last assistant turn of 'messages' is empty"),
+    (Chat(), {"messages": [USER, {**FIVE, "content": ""}]}, "the last assistant turn of 'messages' is empty"),
     (Chat(), {"messages": [USER, {"role": "tool", "content": "4"}, FIVE]}, "whose 'role' is 'tool'"),
-    (Chat(), {"messages": [{"role": "user", "content": [{"type": "image"}]}, FIVE]}, "turn 0 of 'messages' holds a list"),
+    (Chat(), {"messages": [{**USER, "content": [{"type": "image"}]}, FIVE]}, "turn 0 of 'messages' holds a list"),
     (Chat(), {"messages": [USER, {**FIVE, "tool_calls": [{"name": "add"}]}]}, "calls tools"),
 ]  # fmt: skip
 

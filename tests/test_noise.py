@@ -7,7 +7,9 @@ from datasets import Dataset
 
 from clear_datasets import noise
 
-PASSAGES = [f"River {i} is long and wide. It rises in valley {i} of the Alps. Nobody at all swims in it." for i in range(20)]
+PASSAGES = [
+    f"River {i} is long and wide. It rises in valley {i} of the Alps. Nobody at all swims in it." for i in range(20)
+]
 SQUAD = Dataset.from_list(
     [
         {"context": p, "question": f"Where does river {i} rise?", "answer": f"in valley {i} of the Alps"}
@@ -15,7 +17,9 @@ SQUAD = Dataset.from_list(
     ]
     + [{"context": p, "question": f"Who swims in river {i}?", "answer": "Nobody"} for i, p in enumerate(PASSAGES)]
 )
-JSON = Dataset.from_list([{"prompt": f"Mail {i}", "response": json.dumps({"topic": f"t{i}", "n": [i]})} for i in range(20)])
+JSON = Dataset.from_list(
+    [{"prompt": f"Mail {i}", "response": json.dumps({"topic": f"t{i}", "n": [i]})} for i in range(20)]
+)
 
 MAKERS = [
     (noise.wrong_sentence, SQUAD),

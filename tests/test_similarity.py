@@ -36,7 +36,11 @@ def classifier(tmp_path_factory):
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     folders = []
-    for names in (["contradiction", "neutral", "entailment"], ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"], ["yes", "no"]):
+    for names in (
+        ["contradiction", "neutral", "entailment"],
+        ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"],
+        ["yes", "no"],
+    ):
         folder = tmp_path_factory.mktemp("nli")
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz."]
         vocabulary += ["##" + c for c in "abcdefghijklmnopqrstuvwxyz"]
@@ -44,8 +48,8 @@ def classifier(tmp_path_factory):
         BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=40, id2label=dict(enumerate(names)), initializer_range=0.5,
+            vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=40, id2label=dict(enumerate(names)), initializer_range=0.5,
         )  # fmt: skip
         model = BertForSequenceClassification(config).eval()
         if names[0] == "ENTAILMENT":  # the same function with its outputs in the other order

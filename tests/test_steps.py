@@ -54,7 +54,9 @@ def test_splits_and_streams():
 
 
 def test_formats_are_inferred_or_named():
-    chat = Dataset.from_dict({"talk": [[{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]]})
+    chat = Dataset.from_dict(
+        {"talk": [[{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]]}
+    )
     with pytest.raises(FormatError, match="found the columns 'talk'"):
         chat.map(CLEAR.score, batched=True)
     assert chat.map(replace(CLEAR, format=Chat("talk")).score, batched=True)[0]["clear_error"] == ""
@@ -68,7 +70,9 @@ def test_without_batched_the_error_says_so():
 
 
 def hash_elsewhere(code: str) -> str:
-    program = f"from clear_datasets import *\nfrom datasets.fingerprint import Hasher\nprint(Hasher.hash(({code}).score))"
+    program = (
+        f"from clear_datasets import *\nfrom datasets.fingerprint import Hasher\nprint(Hasher.hash(({code}).score))"
+    )
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 
 

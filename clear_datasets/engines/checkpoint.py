@@ -145,6 +145,7 @@ def _load(config: Transformers) -> Checkpoint:
 
 
 def best_device() -> str:
+    """The fastest kind of device on this machine."""
     import torch
 
     if torch.cuda.is_available():
@@ -153,7 +154,7 @@ def best_device() -> str:
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it; elsewhere it is emulated, four times slower than float32 (measured)."""
+    """bfloat16 where the hardware multiplies it: emulated, it is four times slower than float32 (docs/log.md)."""
     import torch
 
     if device.type == "cuda":
@@ -179,7 +180,9 @@ def from_gguf(file: Path) -> Path:
         FileNotFoundError: There is no such file.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"no GGUF file at {file}: give the path of a .gguf file, a checkpoint folder or a Hub id")
+        raise FileNotFoundError(
+            f"no GGUF file at {file}: give the path of a .gguf file, a checkpoint folder or a Hub id"
+        )
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     folder = cache_folder() / "models" / f"{file.stem}-{digest}"

@@ -27,7 +27,9 @@ class Labels:
         self._spellings = [(i, s) for i, forms in enumerate(spelled) for s in sorted(forms)]
         self.stems = sorted({s[:end] for _, s in self._spellings for end in range(len(s))})
         self.depth = max((len(s) for _, s in self._spellings), default=0)
-        self._known = {s: i for i, s in enumerate(sorted({s[: e + 1] for _, s in self._spellings for e in range(len(s))}))}
+        self._known = {
+            s: i for i, s in enumerate(sorted({s[: e + 1] for _, s in self._spellings for e in range(len(s))}))
+        }
 
     def empty(self, rows: int) -> npt.NDArray[np.float64]:
         """Room for the conditional probabilities of `rows` prompts."""

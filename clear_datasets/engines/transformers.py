@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -79,7 +80,9 @@ class Transformers(Engine):
             requests += [_Request([*ids, *stem], "choose", i, stem=stem) for stem in known.stems]
         requests += [_Request(next(encoded) + t, "read", i, tail=len(t)) for i, t in enumerate(targets)]
         masses = known.empty(len(asks.choose))
-        answers = Answers([[] for _ in asks.generate], np.empty(0, np.float32), [np.empty(0, np.float32) for _ in asks.read])
+        answers = Answers(
+            [[] for _ in asks.generate], np.empty(0, np.float32), [np.empty(0, np.float32) for _ in asks.read]
+        )
         budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
         for window in _windows(_runs(requests, checkpoint.shares_prefix), budget, asks.max_tokens):
             for request, result in _answer_window(window, checkpoint, asks, self.seed, budget):
@@ -123,8 +126,7 @@ def _runs(requests: list[_Request], share: bool) -> list[_Run]:
     """Group requests by their common beginning: neighbours in sorted order, cut where they share much less."""
     ordered = sorted(requests, key=lambda r: r.ids)
     common = [
-        min(_common(a.ids, b.ids), len(a.ids) - a.tail - 1, len(b.ids) - b.tail - 1)
-        for a, b in zip(ordered, ordered[1:], strict=False)
+        min(_common(a.ids, b.ids), len(a.ids) - a.tail - 1, len(b.ids) - b.tail - 1) for a, b in pairwise(ordered)
     ]
     runs: list[_Run] = []
     for i, request in enumerate(ordered):
@@ -153,7 +155,9 @@ def _windows(runs: list[_Run], budget: int, max_tokens: int) -> Iterator[list[_R
         yield window
 
 
-def _chunks(rows: list[tuple[int, _Request, list[int]]], budget: int) -> Iterator[list[tuple[int, _Request, list[int]]]]:
+def _chunks(
+    rows: list[tuple[int, _Request, list[int]]], budget: int
+) -> Iterator[list[tuple[int, _Request, list[int]]]]:
     """Split rows (run, request, tokens after the shared ones) into forward passes: like with like, little padding."""
     chunk: list[tuple[int, _Request, list[int]]] = []
     for row in sorted(rows, key=lambda r: (r[1].kind, r[1].tail, len(r[2]))):

@@ -16,7 +16,14 @@ from clear_datasets.engines.transformers import Transformers
 from tests.conftest import make_tiny
 
 PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
-TEXTS = ["Who?", PASSAGE + "Where does it rise?", "2 + 2 = ?", PASSAGE + "Where does it end?", "größer, 日本語, 🙂", "Who?"]
+TEXTS = [
+    "Who?",
+    PASSAGE + "Where does it rise?",
+    "2 + 2 = ?",
+    PASSAGE + "Where does it end?",
+    "größer, 日本語, 🙂",
+    "Who?",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+ROWS = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(8)] + [{"question": "", "answer": "x"}]
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clear_datasets.cli", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "150", **environment}
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def test_curate_writes_the_kept_rows_and_an_audit_of_all(source, tiny, tmp_path):
+    out = tmp_path / "new" / "curated.jsonl"
+    done = run("curate", source, "-o", out, "--model", tiny, "--samples", "2", "--keep", "0.5")
+    assert done.returncode == 0, done.stderr
+    kept, audit = lines(out), Dataset.from_parquet(str(out) + ".audit.parquet").to_list()
+    assert [{k: r[k] for k in ROWS[0]} for r in audit] == ROWS
+    assert kept == [r for r, a in zip(ROWS, audit, strict=True) if a["clear_decision"] == "keep"]
+    scored = [a for a in audit if not a["clear_error"]]
+    assert audit[8]["clear_error"] == "column 'question' is empty"
+    assert sum(a["clear_decision"] == "keep" for a in scored) == len(scored) // 2
+    for piece in ("kept", "dropped", "failed", "rows/s", "least confident", "confidence 0.4 to 0.5", "wrote"):
+        assert piece in done.stderr
+    assert sorted(p.name for p in out.parent.iterdir()) == ["curated.jsonl", "curated.jsonl.audit.parquet"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet", ""])
+def test_score_reads_and_writes_every_kind_of_file(tiny, tmp_path, ending):
+    ds = Dataset.from_list(ROWS[:2])
+    source, out = tmp_path / f"in{ending}", tmp_path / f"out{ending}"
+    writers = {
+        ".jsonl": ds.to_json,
+        ".json": lambda p: ds.to_json(p, lines=False),
+        ".csv": ds.to_csv,
+        ".parquet": ds.to_parquet,
+    }
+    writers.get(ending, ds.save_to_disk)(str(source))
+    done = run("score", source, "-o", out, "--model", tiny, "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    again = run("score", out, "-o", tmp_path / "again.jsonl", "--model", tiny, "--samples", "1", "--limit", "1")
+    assert again.returncode == 0, again.stderr
+    assert "clear_confidence" in lines(tmp_path / "again.jsonl")[0]
+
+
+def test_globs_and_splits(source, tiny, tmp_path):
+    (tmp_path / "more.jsonl").write_text(json.dumps(ROWS[0]))
+    done = run("score", tmp_path / "*.jsonl", "-o", tmp_path / "out.parquet", "--model", tiny, "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(Dataset.from_parquet(str(tmp_path / "out.parquet"))) == 10
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1])).save_to_disk(tmp_path / "splits")
+    done = run(
+        "score", tmp_path / "splits", "-o", tmp_path / "test", "--model", tiny, "--split", "test", "--samples", "1"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(load_from_disk(str(tmp_path / "test"))) == 1
+    done = run("score", tmp_path / "splits", "-o", tmp_path / "test", "--model", tiny)
+    assert (done.returncode, "has the splits train, test: choose one with --split" in done.stderr) == (1, True)
+
+
+def test_columns_can_be_named(tiny, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"q": "Where?", "a": "here"}))
+    arguments = ("score", source, "-o", tmp_path / "out.jsonl", "--model", tiny, "--samples", "1")
+    done = run(*arguments)
+    assert (done.returncode, "found the columns 'q', 'a'" in done.stderr) == (1, True)
+    assert run(*arguments, "--prompt", "q", "--response", "a").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "source, arguments, code, message",
+    [
+        ("absent.jsonl", [], 1, "no file matches"),
+        ("train.txt", [], 1, "train.txt"),
+        ("train.jsonl", ["-o", "out.xlsx"], 2, "cannot write .xlsx files"),
+        ("train.jsonl", ["-o", "full"], 2, "other things in it"),
+        ("train.jsonl", ["--keep", "2"], 2, "keep"),
+        ("empty.jsonl", [], 3, "no row could be scored"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_a_code(source, arguments, code, message, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "train.txt").write_text("text")
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"question": "", "answer": "x"}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    out = [] if "-o" in arguments else ["-o", "out.jsonl"]
+    command = "curate" if "--keep" in arguments else "score"
+    done = run(command, source, "--model", tiny, "--samples", "1", *out, *arguments, HF_HUB_OFFLINE="1")
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "full" / "mine.txt").exists()
+
+
+def test_a_model_that_is_not_there(source, tmp_path):
+    done = run("score", source, "-o", tmp_path / "out.jsonl", "--model", tmp_path / "no-model")
+    assert done.returncode == 1
+    assert "no-model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_help_has_examples():
+    for command in ([], ["score"], ["curate"]):
+        done = run(*command, "--help")
+        assert done.returncode == 0
+        assert "clear-datasets curate" in done.stdout
