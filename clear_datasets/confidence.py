@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from clear_datasets.similarity import NLI, Jaccard, Similarity, words
 
 Scores = npt.NDArray[np.float32]
 
-_SCALE = 2.0  # nats; chosen with alpha on rows that no figure is reported on, see docs/log.md
+_SCALE = 3.0  # nats; chosen with alpha on rows that no figure is reported on, see docs/log.md
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,50 @@ class Confidence:
 
 @dataclass(frozen=True)
 class BSDetector:
-    """Observed consistency and self-reflection, and their weighted sum."""
+    """Observed consistency and self-reflection, and their weighted sum, asked of the model that is to be fine-tuned.
+
+    ``confidence = beta * consistency + (1 - beta) * reflection``. Each question has two forms.
+
+    *Direct*, the default: `k` samples without explanation; ``consistency = alpha * s + (1 - alpha) * r``. There s is
+    the mean similarity of the response to the samples, and r tells how much likelier the question makes the response:
+    ``r = logistic((log p(response | prompt) - log p(response | prompt without its last paragraph)) / 3)``. It is for
+    the share of samples that equal the response, which p estimates without sampling; the division takes out what the
+    passage alone makes likely. Reflection is the probability of "Yes" when the model is asked whether the response is
+    correct, the mean over both orders of the labels. All of it but the samples is one forward pass.
+
+    *Reasoned*, the paper's: explanation first, then the answer, for the samples and for each round of reflection, with
+    the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal the response.
+    Verdicts are probabilities of their letters, where the paper samples one letter.
+
+    A part whose weight is 0 is not asked for: ``alpha=0`` does without samples, ``beta=1`` without reflection.
+
+    FIGURES
+
+    Args:
+        alpha: Weight of the similarity within consistency, in [0, 1].
+        beta: Weight of consistency within confidence, in [0, 1].
+        k: Samples a row.
+        temperature: Of the samples.
+        similarity: How far two responses agree.
+        samples: Form of the samples, "direct" or "reasoned".
+        reflection: Form of the reflection, "direct" or "reasoned".
+        rounds: Of reasoned reflection.
+        max_tokens: After which a sample or an explanation is cut off.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Example:
+        >>> BSDetector(k=8).k
+        8
+
+    References:
+        Chen and Mueller 2024, "Quantifying Uncertainty in Answers from any Language Model and Enhancing their
+        Trustworthiness", arXiv 2308.16175 (observed consistency, self-reflection, and their sum).
+    """
 
     alpha: float = 0.5
-    beta: float = 0.8
+    beta: float = 0.7
     k: int = 5
     temperature: float = 1.0
     similarity: Similarity = field(default_factory=Jaccard)
@@ -191,8 +232,8 @@ def _verdict(judged: dict[int, Messages], i: int) -> Asks:
 
 def _calibrated(asked: npt.NDArray[np.float32], unasked: npt.NDArray[np.float32]) -> float:
     """How much likelier the question makes the response, as a probability; 0.5 where it makes no difference."""
-    gain = float(asked.sum() - unasked.sum()) / np.sqrt(len(asked))  # a sum over tokens spreads like the root of them
-    return float(1 / (1 + np.exp(-gain / _SCALE)))
+    gain = float(asked.sum() - unasked.sum())
+    return 0.5 + 0.5 * math.tanh(gain / _SCALE / 2)  # the logistic function, without overflow
 
 
 _PARTS = ("generate", "choose", "read")

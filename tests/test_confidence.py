@@ -23,8 +23,7 @@ def test_direct_form_sums_similarity_likelihood_and_reflection():
     found = BSDetector(alpha=0.6, beta=0.8, k=3)([RHINE], engine)
     similarity = 1 / 2  # alps of alps, mostly
     # Scripted log-probabilities: -0.1 a token where the question is asked, -2 where it is not; two words and the end.
-    gain = 3 * 1.9 / math.sqrt(3)
-    agreement = 1 / (1 + math.exp(-gain / 2))
+    agreement = 1 / (1 + math.exp(-3 * 1.9 / 3))
     assert found.consistency[0] == pytest.approx(0.6 * similarity + 0.4 * agreement, abs=1e-6)
     assert found.reflection[0] == pytest.approx((0.9 + 0.9) / 2)
     assert found.confidence[0] == pytest.approx(0.8 * found.consistency[0] + 0.2 * found.reflection[0])

@@ -47,9 +47,10 @@ def greedy(plain, prompt, max_tokens):
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_greedy_answers_equal_those_of_transformers_in_the_order_asked(tiny, plain, user):
+@pytest.mark.parametrize("batch_tokens", [60, 4096])
+def test_greedy_answers_equal_those_of_transformers_in_the_order_asked(tiny, plain, user, batch_tokens):
     prompts = [user(t) for t in TEXTS]
-    answers = Transformers(tiny, dtype="float32").generate(prompts, max_tokens=12)
+    answers = Transformers(tiny, dtype="float32", batch_tokens=batch_tokens).generate(prompts, max_tokens=12)
     assert answers == [[greedy(plain, p, 12)] for p in prompts]
     assert len({a[0] for a in answers}) > 3
 
@@ -103,6 +104,10 @@ def test_samples_depend_on_prompt_number_and_seed_only(tiny, user):
     assert together[3] == engine.generate([prompts[3]], n=3, temperature=1.0, max_tokens=8)[0]
     assert together[3] == engine.generate([prompts[3]], n=5, temperature=1.0, max_tokens=8)[0][:3]
     assert together[0] == together[5]
+    small = Transformers(tiny, dtype="float32", batch_tokens=60)  # several windows, whose last samples are joined
+    assert small.generate(prompts, n=30, temperature=1.0, max_tokens=8) == engine.generate(
+        prompts, n=30, temperature=1.0, max_tokens=8
+    )
     assert len(set(together[0])) > 1
     assert together != Transformers(tiny, dtype="float32", seed=1).generate(prompts, n=3, temperature=1.0, max_tokens=8)
 
@@ -222,3 +227,16 @@ def test_an_engine_is_its_configuration(tiny, user):
 def test_a_gguf_file_that_is_not_there(tmp_path: Path, user):
     with pytest.raises(FileNotFoundError, match="no GGUF file at"):
         Transformers(str(tmp_path / "no.gguf")).generate([user("Who?")])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives(tiny, user):
+    prompts = [user(t) for t in TEXTS]
+    asks = Asks(prompts, 2, 1.0, 6, prompts, ["Y", "N"], [(p, "Alps") for p in prompts])
+    cpu = Transformers(tiny, dtype="float32", device="cpu").answer(asks)
+    gpu = Transformers(tiny, dtype="float32", device="cuda").answer(asks)
+    np.testing.assert_allclose(gpu.chosen, cpu.chosen, rtol=1e-2)
+    for mine, theirs in zip(gpu.read, cpu.read, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-2)
+    assert [len(texts) for texts in gpu.generated] == [2] * 6

@@ -1,0 +1,86 @@
+"""Which requests go into which forward pass: shared beginnings once, like with like, little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+_MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a pass of its own
+_HELD = 8  # how many times the tokens of a forward pass the sequences of a window may hold while they are written
+_LOGITS = 8  # a token whose logits are read weighs as much as this many that are not: the vocabulary is large
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tokens to read, and what is wanted after them."""
+
+    ids: list[int]
+    kind: Literal["generate", "choose", "read"]
+    position: int  # in the list of its kind
+    draws: int = 0  # samples to draw
+    stem: tuple[int, ...] = ()  # choose: the tokens of a label that `ids` ends with
+    tail: int = 0  # read: how many of the last ids are the response
+
+
+@dataclass
+class Run:
+    """Requests whose first ``shared`` tokens are the same."""
+
+    shared: int
+    requests: list[Request]
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # bisection: slices compare in C
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def group(requests: list[Request], share: bool) -> list[Run]:
+    """Group requests by their common beginning: neighbours in sorted order, cut where they share much less."""
+    ordered = sorted(requests, key=lambda r: r.ids)
+    common = [
+        min(_common(a.ids, b.ids), len(a.ids) - a.tail - 1, len(b.ids) - b.tail - 1) for a, b in pairwise(ordered)
+    ]
+    runs: list[Run] = []
+    for i, request in enumerate(ordered):
+        shared = common[i - 1] if i else 0
+        beside = max(common[i - 2] if i > 1 else 0, common[i] if i < len(common) else 0)
+        if share and shared >= _MIN_SHARED and 2 * shared >= beside:
+            runs[-1].shared = min(runs[-1].shared, shared)
+            runs[-1].requests.append(request)
+        else:
+            runs.append(Run(len(request.ids) - request.tail - 1 if share else 0, [request]))
+    return runs
+
+
+def windows(runs: list[Run], budget: int, max_tokens: int) -> Iterator[list[Run]]:
+    """Split the runs, longest first, into windows that fit one forward pass and one decoding batch."""
+    window: list[Run] = []
+    held = 0
+    for run in sorted(runs, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
+        holds = sum(q.draws * (len(q.ids) + max_tokens) for q in run.requests)
+        if window and ((len(window) + 1) * max(window[0].shared, 1) > budget or held + holds > _HELD * budget):
+            yield window
+            window, held = [], 0
+        window.append(run)
+        held += holds
+    if window:
+        yield window
+
+
+def chunks(rows: list[tuple[int, Request, list[int]]], budget: int) -> Iterator[list[tuple[int, Request, list[int]]]]:
+    """Split rows (run, request, tokens after the shared ones) into forward passes: like with like, little padding."""
+    chunk: list[tuple[int, Request, list[int]]] = []
+    for row in sorted(rows, key=lambda r: (r[1].kind, r[1].tail, len(r[2]))):
+        width = max(len(row[2]), len(chunk[-1][2]) if chunk else 0, _LOGITS * (row[1].tail + 1))
+        if chunk and (row[1].kind != chunk[0][1].kind or (len(chunk) + 1) * width > budget):
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    if chunk:
+        yield chunk

@@ -1,0 +1,43 @@
+"""Scores of a real model mean something: right targets of real rows score higher than wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from clear_datasets import Clear, above, noise, threshold
+from clear_datasets.noise import auroc
+
+pytestmark = pytest.mark.model
+DATA = Path(__file__).parent.parent / "scripts" / "data"
+
+
+@pytest.fixture(scope="module")
+def scored(half_billion):
+    rows = Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "choose").select(range(100, 140))
+    return noise.other_answer(rows, fraction=0.5).map(Clear(half_billion).score, batched=True)
+
+
+def test_wrong_answers_score_lower(scored):
+    assert scored["clear_error"][:] == [""] * 40
+    good = [not n for n in scored["noise"]]
+    assert auroc(scored["clear_confidence"], good) > 0.8
+    assert auroc(scored["clear_consistency"], good) > 0.8
+
+
+def test_half_of_the_rows_hold_most_of_the_right_ones(scored):
+    kept = scored.filter(above(threshold(scored)))
+    assert len(kept) == 20
+    assert sum(not n for n in kept["noise"]) >= 15
+
+
+def test_a_gguf_file_is_converted_once(half_billion):
+    from clear_datasets.engines.checkpoint import from_gguf
+
+    folder = from_gguf(Path(half_billion))
+    before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())
+    assert from_gguf(Path(half_billion)) == folder
+    assert sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir()) == before
+    assert not list(folder.parent.glob("unfinished-*"))
