@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from clear_datasets.files import check_out, load, write
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets import Clear
+    from clear_datasets.formats import Format
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _EXAMPLES = """Examples:
 
   clear-datasets score train.jsonl -o scored.jsonl --model Qwen/Qwen2.5-7B-Instruct
@@ -58,6 +59,7 @@ _BatchSize = Annotated[int, typer.Option(min=1, help="Rows handed to the engine 
 _Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
 _Input = Annotated[str | None, typer.Option(help="Column that follows the prompt.")]
 _Response = Annotated[str | None, typer.Option(help="Column of the target.")]
+_Context = Annotated[str | None, typer.Option(help="Column of a passage that goes before the prompt.")]
 _System = Annotated[str | None, typer.Option(help="Column of the system message.")]
 _K = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
 
@@ -80,17 +82,22 @@ def score(
     batch_size: _BatchSize = 64,
     prompt: _Prompt = None,
     input: _Input = None,
+    context: _Context = None,
     response: _Response = None,
     system: _System = None,
     samples: _K = 5,
 ) -> None:
     """Add confidence columns to every row of SRC."""
-    _check_out(out)
+    from clear_datasets import BSDetector, Clear
+
+    with _clear_errors(2):
+        check_out(out)
     with _clear_errors():
-        rows = _load(src, split, config, revision, limit)
-        clear = _clear(model, model_revision, samples, prompt, response, input, system)
+        rows = load(src, split, config, revision, limit)
+        form = _format(rows, prompt, response, input, context, system)
+        clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
         scored = _score(rows, clear, batch_size)
-        _write(scored, out)
+        write(scored, out)
         _summary(scored, out, clear, None)
 
 
@@ -110,6 +117,7 @@ def curate(
     batch_size: _BatchSize = 64,
     prompt: _Prompt = None,
     input: _Input = None,
+    context: _Context = None,
     response: _Response = None,
     system: _System = None,
     samples: _K = 5,
@@ -119,58 +127,44 @@ def curate(
     OUT has the kept rows in SRC's own columns. Every row with its scores and decision stands beside it, in
     OUT.audit.parquet.
     """
-    from clear_datasets.decide import curated, decide, threshold
+    from clear_datasets import BSDetector, Clear, curated, decide, threshold
 
-    _check_out(out)
+    audit = out.with_name(out.name + ".audit.parquet")
+    with _clear_errors(2):
+        check_out(out)
     with _clear_errors():
-        rows = _load(src, split, config, revision, limit)
-        clear = _clear(model, model_revision, samples, prompt, response, input, system)
+        rows = load(src, split, config, revision, limit)
+        form = _format(rows, prompt, response, input, context, system)
+        clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
         scored = _score(rows, clear, batch_size)
+        if all(scored["clear_error"][:]):
+            write(scored, audit)
+            _summary(scored, audit, clear, None)
         cut = threshold(scored, keep) if gamma is None else gamma
         decided = scored.map(decide(cut, failed.value), batched=True)
-        _write(decided, out.with_name(out.name + ".audit.parquet"))
-        _write(curated(decided).select_columns(rows.column_names), out)
+        write(decided, audit)
+        write(curated(decided).select_columns(rows.column_names), out)
         _summary(decided, out, clear, cut)
 
 
-def _clear(model: str, revision: str | None, k: int, prompt: str | None, response: str | None,
-           input: str | None, system: str | None) -> Clear:  # fmt: skip
-    from clear_datasets import BSDetector, Clear, Columns
+def _format(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
+            system: str | None) -> Format | None:  # fmt: skip
+    """The format of named columns; those that are not named are inferred, all of them where none is."""
+    from clear_datasets import Columns, infer
 
-    columns = None
-    if prompt or response:
-        columns = Columns(prompt or "prompt", response or "response", input, system)
-    return Clear(model, revision, format=columns, confidence=BSDetector(k=k))
-
-
-def _load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
-    import datasets
-
-    path = Path(src)
-    if path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
-        raise ValueError(f"{src} is a folder without a saved dataset: give its files, as in '{src}/*.parquet'")
-    if path.is_dir():
-        loaded = datasets.load_from_disk(src)
-    elif path.suffix in _LOADERS or any(c in src for c in "*?["):
-        files = sorted(glob(src, recursive=True))
-        kinds = {Path(f).suffix for f in files}
-        if not files:
-            raise FileNotFoundError(f"no file matches {src}")
-        if len(kinds) > 1 or not kinds <= set(_LOADERS):
-            raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(_LOADERS)}")
-        loaded = datasets.load_dataset(_LOADERS[kinds.pop()], data_files=files, split="train")
-    else:
-        loaded = datasets.load_dataset(src, config, revision=revision)
-    if isinstance(loaded, dict):
-        if split is None and len(loaded) > 1:
-            raise ValueError(f"{src} has the splits {', '.join(loaded)}: choose one with --split")
-        if split is not None and split not in loaded:
-            raise ValueError(f"{src} has no split {split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[split or next(iter(loaded))]
-    if not len(loaded):
-        raise ValueError(f"{src} has no rows")
-    taken: Dataset = loaded.select(range(min(limit or len(loaded), len(loaded))))
-    return taken
+    named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
+    given: dict[str, Any] = {name: column for name, column in named.items() if column}
+    for option, column in given.items():
+        if column not in rows.column_names:
+            raise ValueError(f"--{option}: there is no column {column!r}; found {', '.join(rows.column_names)}")
+    if not given:
+        return None
+    if prompt and response:
+        return Columns(**given)
+    form = infer(rows.features)
+    if not isinstance(form, Columns):
+        raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
+    return replace(form, **given)
 
 
 def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
@@ -208,37 +202,6 @@ def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
             progress.update(task, speed="from the cache")
         progress.update(task, completed=len(rows))
     return scored
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix and out.suffix not in _LOADERS:
-        _fail(
-            f"cannot write {out.suffix} files: end OUT in {', '.join(_LOADERS)}, or give a folder without an ending", 2
-        )
-    if out.is_dir() and any(out.iterdir()) and not (out / "dataset_info.json").exists():
-        _fail(f"{out} is a folder with other things in it: give another OUT", 2)
-
-
-def _write(ds: Dataset, out: Path) -> None:
-    """Write beside OUT, then rename: a reader never sees half a file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        if out.suffix in (".jsonl", ".json"):
-            ds.to_json(part, lines=out.suffix == ".jsonl", force_ascii=False)
-        elif out.suffix == ".csv":
-            ds.to_csv(part, index=False)
-        elif out.suffix == ".parquet":
-            ds.to_parquet(part)
-        else:
-            ds.save_to_disk(part)
-            if (out / "dataset_info.json").exists():
-                shutil.rmtree(out)
-        part.rename(out)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
 
 
 def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
@@ -287,14 +250,16 @@ def _short(text: str, size: int = 60, last: bool = False) -> str:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Wrong input ends in one line and exit code 1, not in a traceback (which CLEAR_DEBUG=1 shows)."""
+def _clear_errors(code: int = 1) -> Iterator[None]:
+    """Wrong input ends in one line and an exit code, not in a traceback (which CLEAR_DEBUG=1 shows)."""
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
-    except (ValueError, OSError, TypeError, ImportError) as error:
+    except (ValueError, OSError, TypeError, ImportError, DatasetsError) as error:
         if os.environ.get("CLEAR_DEBUG"):
             raise
-        _fail(str(error) or type(error).__name__, 1)
+        _fail(str(error) or type(error).__name__, code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
 

@@ -136,7 +136,7 @@ class BSDetector:
         for i in np.flatnonzero(np.isnan(total)):
             run.errors[i] = run.errors[i] or (
                 "the model answers the reflection question with none of its labels"
-                if np.isnan(reflection[i])
+                if self.beta < 1 and np.isnan(reflection[i])
                 else "the similarity cannot compare the response with the model's own answers"
             )
         return Confidence(total, consistency, reflection, run.errors)

@@ -99,15 +99,14 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         """Whether a row stays; a list of it for a batch."""
         if self.column not in row:
             raise ValueError(f"no column {self.column!r} in the row: run ds.map(clear.score, batched=True) first")
-        value = row[self.column]
-        if isinstance(value, float):
-            return self._keeps(value, row.get("clear_error") or "")
-        errors = row.get("clear_error") or [""] * len(value)
-        return [self._keeps(float(v), e) for v, e in zip(value, errors, strict=True)]
+        value, error = row[self.column], row.get("clear_error")
+        if not np.ndim(value):
+            return self._keeps(value, error)
+        return [self._keeps(v, e) for v, e in zip(value, [""] * len(value) if error is None else error, strict=True)]
 
-    def _keeps(self, confidence: float, error: str) -> bool:
-        if not np.isnan(confidence):
-            return confidence > self.gamma
+    def _keeps(self, confidence: float | None, error: Any) -> bool:
+        if confidence is not None and not np.isnan(confidence):  # JSON files hold null for nan
+            return bool(confidence > self.gamma)
         if self.failed == "raise":
             raise ValueError(f"a row has no score ({error or 'no reason given'}); failed='keep' or 'drop' goes on")
         return self.failed == "keep"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from clear_datasets.engines import Messages
@@ -49,6 +49,7 @@ class Columns:
         prompt: Column of the prompt.
         response: Column of the target.
         input: Column with more of the prompt, set after it; left out where it is empty.
+        context: Column of a passage, set before the prompt; left out where it is empty.
         system: Column of the system message; left out where it is empty.
 
     Example:
@@ -63,6 +64,7 @@ class Columns:
     prompt: str = "prompt"
     response: str = "response"
     input: str | None = None
+    context: str | None = None
     system: str | None = None
 
     def read(self, row: Row) -> Example:
@@ -75,9 +77,8 @@ class Columns:
             if not turns or not turns[-1]["content"].strip():
                 raise FormatError(f"column {self.prompt!r} holds no message")
         else:
-            parts = [_text(row, self.prompt)]
-            if self.input:
-                parts.append(_text(row, self.input, empty=True))
+            around = [_text(row, column, empty=True) if column else "" for column in (self.context, self.input)]
+            parts = [around[0], _text(row, self.prompt), around[1]]
             turns.append({"role": "user", "content": "\n\n".join(p for p in parts if p)})
         if not isinstance(row.get(self.response), list):
             return Example(turns, _text(row, self.response))
@@ -184,7 +185,7 @@ _KNOWN: tuple[tuple[tuple[str, ...], Format], ...] = (
     (("prompt", "completion"), Columns("prompt", "completion")),
     (("instruction", "input", "output"), Columns("instruction", "output", input="input")),
     (("instruction", "output"), Columns("instruction", "output")),
-    (("context", "question", "answer"), Columns("context", "answer", input="question")),
+    (("context", "question", "answer"), Columns("question", "answer", context="context")),
     (("question", "answer"), Columns("question", "answer")),
 )
 
@@ -200,14 +201,14 @@ def infer(columns: Mapping[str, Any]) -> Format:
 
     Example:
         >>> infer({"question": "Who?", "answer": "Ada"})
-        Columns(prompt='question', response='answer', input=None, system=None)
+        Columns(prompt='question', response='answer', input=None, context=None, system=None)
     """
     for names, form in _KNOWN:
         if all(name in columns for name in names):
             if isinstance(form, Chat) and (keys := _keys(columns[form.column])):
                 return Chat(form.column, "from", "value") if {"from", "value"} <= keys else Chat(form.column)
             if isinstance(form, Columns) and "system" in columns:
-                return Columns(form.prompt, form.response, form.input, "system")
+                return replace(form, system="system")
             return form
     known = "; ".join(", ".join(names) for names, _ in _KNOWN)
     raise FormatError(

@@ -201,6 +201,8 @@ def _replace(ds: Dataset, name: str, wrong: _Wrong, fraction: float, seed: int, 
 
 
 def _wanted(ds: Dataset, fraction: float) -> int:
+    if "noise" in ds.column_names:
+        raise ValueError("the dataset has a column 'noise' already: a second noise would hide which rows are right")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}, the share of rows to make wrong; expected a number from 0 to 1")
     return round(fraction * len(ds))

@@ -51,7 +51,7 @@ def unasked(prompt: Messages) -> Messages:
         [{'role': 'user', 'content': 'A long passage.'}]
     """
     *turns, last = prompt
-    return [*turns, {**last, "content": last["content"].rpartition("\n\n")[0]}]
+    return [*turns, {**last, "content": last["content"].rstrip().rpartition("\n\n")[0]}]
 
 
 def reflect(prompt: Messages, response: str) -> list[Messages]:

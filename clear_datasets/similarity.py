@@ -27,14 +27,22 @@ class Similarity(Protocol):
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers of a text, without punctuation or articles.
+    """Lower-case words and numbers of a text, without punctuation or articles; Han and kana one by one.
+
+    A text of articles or of punctuation alone keeps them: "A" may be the letter of a choice, "+" a sign.
 
     Example:
-        >>> words("The answer: 1,200 (approx.)")
-        ['answer', '1200', 'approx']
+        >>> words("The answer: 1,200 (approx.)"), words("A."), words("-5")
+        (['answer', '1200', 'approx'], ['a'], ['-5'])
     """
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
-    return [w for w in re.findall(r"\d+(?:\.\d+)?|\w+", text) if w not in ("a", "an", "the")]
+    every = _WORD.findall(text) or text.split()
+    return [w for w in every if w not in ("a", "an", "the")] or every
+
+
+_WORD = re.compile(
+    r"(?<!\w)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d\u3040-\u30ff\u3400-\u9fff]\w*"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Jaccard:
         scores = []
         for a, b in pairs:
             left, right = set(words(a)), set(words(b))
-            scores.append(len(left & right) / len(left | right) if left | right else float(a.strip() == b.strip()))
+            scores.append(len(left & right) / len(left | right) if left | right else 1.0)
         return np.asarray(scores, dtype=np.float32)
 
 

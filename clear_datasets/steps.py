@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from clear_datasets.confidence import BSDetector
 from clear_datasets.engines import Engine, default_engine, use_rank
+from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, infer
 
 if TYPE_CHECKING:
@@ -52,10 +53,12 @@ class Clear:
     format: Format | None = field(default=None, kw_only=True)
     confidence: BSDetector = field(default_factory=BSDetector, kw_only=True)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)
+    stamp: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Into the pickled state, so that caches made by an older revision of the scores are not taken for this one's.
         object.__setattr__(self, "scores_revision", SCORES_REVISION)
+        object.__setattr__(self, "stamp", stamp(self.model))  # a model that was retrained in its place scores anew
 
     def score(self, batch: Mapping[str, list[Any]], rank: int | None = None) -> dict[str, Any]:
         """A step for ``ds.map(clear.score, batched=True)``: how confident the model is that each target is right.
@@ -108,7 +111,9 @@ class Clear:
     def _read(self, rows: list[dict[str, Any]]) -> tuple[list[Example | None], list[str]]:
         examples: list[Example | None] = []
         errors = [""] * len(rows)
-        form = (self.format or infer(rows[0])) if rows else None
+        # An empty chat does not show its keys: infer from a row that is full, if there is one.
+        full = next((r for r in rows if all(v is not None and v != [] for v in r.values())), rows[0] if rows else {})
+        form = (self.format or infer(full)) if rows else None
         for i, row in enumerate(rows):
             assert form is not None
             try:

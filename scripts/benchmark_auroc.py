@@ -157,7 +157,7 @@ def main() -> None:
         scored = Clear(engine=recorder, confidence=estimator).score(batch)
         seconds = time.perf_counter() - started
         asked = {f"{k}_tokens_per_row": round((v - before[k]) / len(rows), 1) for k, v in recorder.tokens.items()}
-        if asked["prompt_tokens_per_row"]:
+        if name == "default":  # the later ones share its answers
             cost[name] = {"rows_per_second": round(len(rows) / seconds, 3), **asked}
         for part in ("confidence", "consistency", "reflection"):
             scores[f"{name}: {part}"] = measure(scored[f"clear_{part}"], good)
@@ -167,7 +167,7 @@ def main() -> None:
     scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder), good)
     entry = {
         "task": args.task,
-        "model": Path(args.model).stem,
+        "model": Path(args.model).name.removesuffix(".gguf"),
         "half": args.half,
         "rows": len(rows),
         "wrong": len(rows) - sum(good),

@@ -84,6 +84,8 @@ def test_columns_can_be_named(tiny, tmp_path):
     done = run(*arguments)
     assert (done.returncode, "found the columns 'q', 'a'" in done.stderr) == (1, True)
     assert run(*arguments, "--prompt", "q", "--response", "a").returncode == 0
+    done = run(*arguments, "--prompt", "q", "--response", "b")
+    assert (done.returncode, "--response: there is no column 'b'; found q, a" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +97,18 @@ def test_columns_can_be_named(tiny, tmp_path):
         ("train.jsonl", ["-o", "full"], 2, "other things in it"),
         ("train.jsonl", ["--keep", "2"], 2, "keep"),
         ("empty.jsonl", [], 3, "no row could be scored"),
+        ("empty.jsonl", ["--keep", "0.5"], 3, "no row could be scored"),
+        ("broken.jsonl", [], 1, "clear-datasets:"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_a_code(source, arguments, code, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     (tmp_path / "train.txt").write_text("text")
+    (tmp_path / "broken.jsonl").write_text('{"question": "Where?"\n{')
     (tmp_path / "empty.jsonl").write_text(json.dumps({"question": "", "answer": "x"}))
     (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "dataset_info.json").write_text("{}")
     (tmp_path / "full" / "mine.txt").write_text("mine")
     out = [] if "-o" in arguments else ["-o", "out.jsonl"]
     command = "curate" if "--keep" in arguments else "score"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given
@@ -83,6 +84,15 @@ def test_decide_and_curated(kind):
     left = curated(decided)
     assert [r["id"] for r in (left["train"] if kind == "dict" else left)] == [1, 2]
     assert [r["clear_decision"] for r in first] == ["drop", "keep", "keep"]
+
+
+@pytest.mark.parametrize("values", [[None, 0.5, 0.75], np.array([np.nan, 0.5, 0.75], dtype=np.float32)])
+def test_scores_as_files_and_streams_give_them(values):
+    assert above(0.6)({"clear_confidence": values[0], "clear_error": "empty"}) is True
+    assert above(0.6)({"clear_confidence": values[1], "clear_error": None}) is False
+    errors = np.array(["empty", "", ""]) if isinstance(values, np.ndarray) else ["empty", "", ""]
+    batch = {"clear_confidence": values, "clear_error": errors}
+    assert decide(0.6)(batch) == {"clear_decision": ["keep", "drop", "keep"]}
 
 
 def test_steps_pickle():

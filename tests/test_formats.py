@@ -33,6 +33,14 @@ READABLE = [
         ["Add 2 and 2."], "5", {"output": "4"},
     ),
     (
+        Columns("question", "answer", context="context"), {"context": "Sums.", "question": "2 + 2?", "answer": "5"},
+        ["Sums.\n\n2 + 2?"], "5", {"answer": "4"},
+    ),
+    (
+        Columns("question", "answer", context="context"), {"context": "", "question": "2 + 2?", "answer": "5"},
+        ["2 + 2?"], "5", {"answer": "4"},
+    ),
+    (
         Columns("q", "a", system="s"), {"q": "2 + 2?", "a": "5", "s": "Be brief.", "id": 7},
         ["Be brief.", "2 + 2?"], "5", {"a": "4"},
     ),
@@ -82,6 +90,7 @@ def test_read_and_write(form, row, prompt, response, written):
 
 UNREADABLE = [
     (Columns(), {"prompt": "", "response": "x"}, "'prompt' is empty"),
+    (Columns("q", "a", context="c"), {"c": "A passage.", "q": " ", "a": "x"}, "'q' is empty"),
     (Columns(), {"prompt": "x", "response": "  \n"}, "'response' is empty"),
     (Columns(), {"prompt": "x", "response": None}, "'response' holds nothing; expected text"),
     (Columns(), {"prompt": 3, "response": "x"}, "'prompt' holds a int"),
@@ -113,7 +122,7 @@ INFERRED = [
     (["instruction", "output"], Columns("instruction", "output")),
     (["system", "instruction", "output"], Columns("instruction", "output", system="system")),
     (["question", "answer"], Columns("question", "answer")),
-    (["answer", "question", "context"], Columns("context", "answer", input="question")),
+    (["answer", "question", "context"], Columns("question", "answer", context="context")),
 ]
 
 

@@ -78,6 +78,11 @@ def test_truncated_targets_are_beginnings_and_corrupt_json_does_not_parse():
             json.loads(row["response"])
 
 
+def test_noise_on_noise_is_refused():
+    with pytest.raises(ValueError, match="has a column 'noise' already"):
+        noise.swap(noise.truncate(SQUAD.select(range(20))))
+
+
 def test_too_few_rows_that_can_be_made_wrong():
     with pytest.raises(ValueError, match="20 of 20 rows are to get corrupt_json, but only 0 can"):
         noise.corrupt_json(SQUAD.select(range(20)), fraction=1)

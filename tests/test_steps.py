@@ -14,7 +14,7 @@ import clear_datasets
 from clear_datasets import BSDetector, Chat, Clear, Columns
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.formats import FormatError
-from tests.conftest import Scripted
+from tests.conftest import Scripted, make_tiny
 
 ROWS = {"question": ["Where?", "Who?", "", "When?"], "answer": ["Alps", "Ada", "x", None], "id": [1, 2, 3, 4]}
 ADDED = ["clear_confidence", "clear_consistency", "clear_reflection", "clear_error"]
@@ -86,6 +86,20 @@ def test_equal_settings_hash_equal_across_processes_and_others_do_not(tiny):
         Clear(tiny, confidence=BSDetector(k=2), engine=Transformers(tiny, seed=1)),
     ]  # fmt: skip
     assert len({Hasher.hash(c.score) for c in [clear, *others]}) == 6
+
+
+def test_a_model_retrained_in_its_place_changes_the_hash(tmp_path):
+    make_tiny(tmp_path)
+    before = Hasher.hash(Clear(str(tmp_path)).score), Transformers(str(tmp_path))
+    make_tiny(tmp_path, hidden_size=64)
+    assert Hasher.hash(Clear(str(tmp_path)).score) != before[0]
+    assert Transformers(str(tmp_path)) != before[1]
+
+
+def test_an_empty_first_chat_does_not_hide_the_keys_of_the_others():
+    chats = [[], [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]]
+    scored = Dataset.from_dict({"conversations": chats}).map(CLEAR.score, batched=True)
+    assert scored["clear_error"][:] == ["column 'conversations' has 0 turns and none of the assistant", ""]
 
 
 def test_a_raised_revision_of_the_scores_changes_the_hash(monkeypatch):

@@ -81,19 +81,23 @@ class Checkpoint:
         return ids
 
 
+# Models that think aloud first would say neither a label nor an answer; other templates ignore the setting.
+_ANSWERING = {"add_generation_prompt": True, "enable_thinking": False}
+
+
 def render(tokenizer: Any, messages: Messages) -> str:
     """The text of a chat, by the tokenizer's chat template, or plainly where it has none."""
     if not tokenizer.chat_template:
         turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
         return "\n\n".join([*turns, "Assistant:"])
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **_ANSWERING)
     except Exception:
         if not messages or messages[0]["role"] != "system" or len(messages) < 2:
             raise
         # Some templates have no system role; its text then opens the first turn.
         first = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        text = tokenizer.apply_chat_template([first, *messages[2:]], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([first, *messages[2:]], tokenize=False, **_ANSWERING)
     return text
 
 
@@ -138,10 +142,29 @@ def _load(config: Transformers) -> Checkpoint:
         limit=int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length),
         ends=frozenset(e for e in ends if e is not None),
         pad=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        end=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(ends - {None}),
+        end=_end_of_turn(tokenizer, ends),
         # Padding between two parts of a prompt is masked in full attention; other layers would count it in.
         shares_prefix=kinds == {"full_attention"} and not getattr(text, "sliding_window", None),
     )
+
+
+def _end_of_turn(tokenizer: Any, ends: set[int | None]) -> int:
+    """The token by which the chat template ends an answer: not every tokenizer's eos token is."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "Say x."}, {"role": "assistant", "content": "x"}]
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("x")[2]
+        for token in tokenizer.encode(after, add_special_tokens=False):
+            if token in ends:
+                return int(token)
+    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(e for e in ends if e is not None))
+
+
+def stamp(model: str) -> str:
+    """Digest of the names, sizes and times of a local model's files, to tell a retrained one; "" for a Hub id."""
+    path = Path(model)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16] if seen else ""
 
 
 def best_device() -> str:
@@ -201,7 +224,11 @@ def from_gguf(file: Path) -> Path:
             del model.config.quantization_config
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

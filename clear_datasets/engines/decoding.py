@@ -33,14 +33,20 @@ class State:
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
         before = 0 if self.mask is None else self.mask.sum(-1, keepdim=True)
         whole = mask if self.mask is None else torch.cat([self.mask, mask], dim=-1)
-        out = self.checkpoint.model(
-            input_ids=ids,
-            attention_mask=whole,
-            position_ids=(before + mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        try:
+            out = self.checkpoint.model(
+                input_ids=ids,
+                attention_mask=whole,
+                position_ids=(before + mask.cumsum(-1) - 1).clamp(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
+        except torch.OutOfMemoryError:
+            for layer in self.cache.layers if self.cache else ():  # some have read the tokens by now
+                if layer.keys.shape[-2] > whole.shape[1] - width:
+                    layer.keys, layer.values = layer.keys[:, :, :-width], layer.values[:, :, :-width]
+            raise
         self.cache, self.mask = out.past_key_values, whole
         logits: torch.Tensor = out.logits[:, -keep:].float()
         return logits
@@ -146,13 +152,14 @@ class Writing:
         )
 
     def halves(self) -> list[Writing]:
-        """Two batches of half the samples each; only where nothing but `pending` is to be read."""
-        middle = len(self.draws) // 2
-        return [
-            Writing(self.state.select(rows), [self.draws[i] for i in rows], self.temperature, None,
-                    [(self.pending or [])[i] for i in rows])
-            for rows in (list(range(middle)), list(range(middle, len(self.draws))))
-        ]  # fmt: skip
+        """Two batches of half the samples each."""
+        halves = []
+        for rows in np.array_split(np.arange(len(self.draws)), 2):
+            logits = None if self.logits is None else self.logits[rows]
+            pending = None if self.pending is None else [self.pending[i] for i in rows]
+            draws = [self.draws[i] for i in rows]
+            halves.append(Writing(self.state.select(rows.tolist()), draws, self.temperature, logits, pending))
+        return halves
 
 
 def uniform(ids: list[int], sample: int, seed: int, size: int) -> npt.NDArray[np.float32]:

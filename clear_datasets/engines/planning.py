@@ -76,11 +76,13 @@ def windows(runs: list[Run], budget: int, max_tokens: int) -> Iterator[list[Run]
 def chunks(rows: list[tuple[int, Request, list[int]]], budget: int) -> Iterator[list[tuple[int, Request, list[int]]]]:
     """Split rows (run, request, tokens after the shared ones) into forward passes: like with like, little padding."""
     chunk: list[tuple[int, Request, list[int]]] = []
+    widest = 0
     for row in sorted(rows, key=lambda r: (r[1].kind, r[1].tail, len(r[2]))):
-        width = max(len(row[2]), len(chunk[-1][2]) if chunk else 0, _LOGITS * (row[1].tail + 1))
-        if chunk and (row[1].kind != chunk[0][1].kind or (len(chunk) + 1) * width > budget):
+        width = max(len(row[2]), _LOGITS * (row[1].tail + 1))
+        if chunk and (row[1].kind != chunk[0][1].kind or (len(chunk) + 1) * max(widest, width) > budget):
             yield chunk
-            chunk = []
+            chunk, widest = [], 0
         chunk.append(row)
+        widest = max(widest, width)
     if chunk:
         yield chunk

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Engine, Messages
-from clear_datasets.engines.checkpoint import Checkpoint, load
+from clear_datasets.engines.checkpoint import Checkpoint, load, stamp
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, Run, chunks, group, windows
@@ -45,6 +45,10 @@ class Transformers(Engine):
     batch_tokens: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    stamp: str = field(default="", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamp", stamp(self.model))  # another engine once the files have changed
 
     def generate(
         self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
@@ -162,7 +166,7 @@ def _finish(writing: Writing, until: int) -> None:
         with torch.inference_mode():
             writing.write(until)
     except torch.OutOfMemoryError:
-        if len(writing.draws) < 2 or writing.pending is None:
+        if len(writing.draws) < 2:
             raise
         torch.cuda.empty_cache()
         for half in writing.halves():
