@@ -169,7 +169,6 @@ def _format(rows: Dataset, prompt: str | None, response: str | None, input: str 
 
 def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
     """`rows.map(clear.score)` with a progress bar; rows scored before with the same settings come from the cache."""
-    from datasets import disable_progress_bars
     from datasets.fingerprint import Hasher
     from rich.progress import (
         BarColumn,
@@ -180,7 +179,6 @@ def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
         TimeRemainingColumn,
     )
 
-    disable_progress_bars()
     started = time.monotonic()
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
@@ -213,7 +211,7 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
 
     confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)
-    table = Table(title=f"{len(ds):,} rows with {clear.model}", title_justify="left", show_header=False)
+    table = Table(title=f"{len(ds):,} rows with {Path(clear.model).name}", title_justify="left", show_header=False)
     if gamma is not None:
         decisions = ds["clear_decision"][:]
         table.add_row("kept", f"{decisions.count('keep'):,}")
@@ -252,8 +250,12 @@ def _short(text: str, size: int = 60, last: bool = False) -> str:
 @contextmanager
 def _clear_errors(code: int = 1) -> Iterator[None]:
     """Wrong input ends in one line and an exit code, not in a traceback (which CLEAR_DEBUG=1 shows)."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read at the import, by transformers too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from datasets import disable_progress_bars
     from datasets.exceptions import DatasetsError
 
+    disable_progress_bars()
     try:
         yield
     except (ValueError, OSError, TypeError, ImportError, DatasetsError) as error:

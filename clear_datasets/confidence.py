@@ -135,7 +135,7 @@ class BSDetector:
         total = sum((np.float32(w) * part for w, part in parts if w), np.zeros(len(examples), dtype=np.float32))
         for i in np.flatnonzero(np.isnan(total)):
             run.errors[i] = run.errors[i] or (
-                "the model answers the reflection question with none of its labels"
+                "the model answers the reflection question with none of its labels: BSDetector(beta=1) does without it"
                 if self.beta < 1 and np.isnan(reflection[i])
                 else "the similarity cannot compare the response with the model's own answers"
             )

@@ -87,8 +87,10 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
 
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, "ĠY", "Ye", "Yes", "No", "ĠN"])}
-    merges = [("Y", "e"), ("Ye", "s"), ("N", "o"), ("Ġ", "Y"), ("Ġ", "N")]
+    vocabulary = {
+        token: i for i, token in enumerate([*special, *alphabet, "ĠY", "Ye", "Yes", "No", "ĠN", "ĠYes", "ĠNo"])
+    }
+    merges = [("Y", "e"), ("Ye", "s"), ("N", "o"), ("Ġ", "Y"), ("Ġ", "N"), ("Ġ", "Yes"), ("Ġ", "No")]
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

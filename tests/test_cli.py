@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from tests.conftest import make_tiny
+
 ROWS = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(8)] + [{"question": "", "answer": "x"}]
 
 
@@ -20,6 +22,12 @@ def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A model that spreads its probability evenly, so that "Yes" and "No" hold more than the 1% that a score needs."""
+    return str(make_tiny(tmp_path_factory.mktemp("even"), initializer_range=0.05))
 
 
 @pytest.fixture
