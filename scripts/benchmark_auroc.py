@@ -1,6 +1,6 @@
 """How well confidence, its parts and plain baselines tell right from wrong targets.
 
-    python scripts/benchmark_auroc.py --model MODEL --task squad_other_answer --out docs/benchmarks/auroc.json
+    python scripts/benchmark_auroc.py --model 0.5b --task squad_other_answer --out docs/benchmarks/auroc.json
 
 Rows come from scripts/data (its README names sources and licences), from the half that the defaults were not chosen
 on. Each estimator is run through ``ds.map(clear.score, batched=True)``; answers that two of them share are asked once,
@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from get_model import MODELS, fetch
 
 from clear_datasets import LLM, BSDetector, Clear, Embedding, Jaccard, infer, noise
 from clear_datasets.engines import Answers, Asks, Engine, Messages
@@ -131,7 +132,7 @@ def estimators(args: argparse.Namespace) -> dict[str, BSDetector]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--half", choices=["choose", "report"], default="report")
@@ -140,13 +141,14 @@ def main() -> None:
     parser.add_argument("--embedding", help="a sentence-embedding checkpoint for the embedding similarity")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    model = str(fetch(args.model)) if args.model in MODELS else args.model
     datasets.disable_progress_bars()
     rows = Dataset.from_json(str(DATA / f"{args.task.split('_')[0]}.jsonl"))
     rows = rows.filter(lambda r: r["half"] == args.half)
     rows = TASKS[args.task](rows.select(range(min(args.rows or len(rows), len(rows)))))
     good = [not n for n in rows["noise"]]
     targets = [infer(rows.features).read(r).response for r in rows]
-    engine = Transformers(args.model)
+    engine = Transformers(model)
     recorder = Recorder(engine)
     load(engine)
     scores: dict[str, dict[str, object]] = {}
@@ -167,7 +169,7 @@ def main() -> None:
     scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder), good)
     entry = {
         "task": args.task,
-        "model": Path(args.model).name.removesuffix(".gguf"),
+        "model": Path(model).name.removesuffix(".gguf"),
         "half": args.half,
         "rows": len(rows),
         "wrong": len(rows) - sum(good),
