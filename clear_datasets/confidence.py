@@ -61,7 +61,7 @@ class BSDetector:
 
     The default was chosen on rows that are not reported on (docs/log.md). On others, with 0.5B parameters on
     two cores, it has an AUROC of .933 on SQuAD rows with another question's answer and .956 with a wrong sentence, at
-    0.62 rows/s; five samples compared by Jaccard alone .850 and .820; reflection alone .526 and .519
+    0.62 rows/s (1.5B: .969); five samples compared by Jaccard alone .850 and .820; reflection alone .526 and .519
     (docs/benchmarks/auroc.json). Its limit: r compares whole responses, so that in a long one the gain of its right
     parts hides a small mistake.
 
