@@ -112,14 +112,6 @@ def load(config: Transformers) -> Checkpoint:
     return _LOADED[config]
 
 
-def unload(config: Transformers) -> None:
-    """Free the memory that a configuration's weights hold."""
-    if _LOADED.pop(config, None) is not None:
-        import torch
-
-        torch.cuda.empty_cache()
-
-
 def _load(config: Transformers) -> Checkpoint:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
