@@ -47,11 +47,12 @@ class BSDetector:
     ``confidence = beta * consistency + (1 - beta) * reflection``. Each question has two forms.
 
     *Direct*, the default: `k` samples without explanation; ``consistency = alpha * s + (1 - alpha) * r``. There s is
-    the mean similarity of the response to the samples, and r tells how much likelier the question makes the response:
-    ``r = logistic((log p(response | prompt) - log p(response | prompt without its last paragraph)) / 3)``. It is for
-    the share of samples that equal the response, which p estimates without sampling; the division takes out what the
-    passage alone makes likely. Reflection is the probability of "Yes" when the model is asked whether the response is
-    correct, the mean over both orders of the labels. All of it but the samples is one forward pass.
+    the mean similarity of the response to the samples, and r tells how much likelier the whole prompt makes the
+    response than a part of it: ``r = logistic((log p(response | prompt) - log p(response | part)) / 3)``, the smaller
+    one of two parts, without the last and without the first paragraph. r is for the share of samples that equal the
+    response, which p estimates without sampling; the division takes out what the passage alone makes likely.
+    Reflection is the probability of "Yes" when the model is asked whether the response is correct, the mean over both
+    orders of the labels. All of it but the samples is one forward pass.
 
     *Reasoned*, the paper's: explanation first, then the answer, for the samples and for each round of reflection, with
     the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal the response.
@@ -168,7 +169,7 @@ class _Run:
     def questions(self, i: int) -> Asks:
         """The samples of a row, and in the direct form all that one forward pass tells."""
         settings, (prompt, response) = self.settings, (self.examples[i].prompt, self.examples[i].response)
-        own, base = (prompts.sample(p, settings.samples) for p in (prompt, prompts.unasked(prompt)))
+        own, *parts = (prompts.sample(p, settings.samples) for p in (prompt, *prompts.incomplete(prompt)))
         reads = settings.beta > 0 and settings.alpha < 1 and settings.samples == "direct"
         reflects = settings.beta < 1 and settings.reflection == "direct"
         return Asks(
@@ -178,7 +179,7 @@ class _Run:
             max_tokens=settings.max_tokens,
             choose=prompts.reflect(prompt, response) if reflects else [],
             labels=prompts.LABELS if reflects else (),
-            read=[(own, response), (base, response)] if reads else [],
+            read=[(p, response) for p in (own, *parts)] if reads else [],
         )
 
     def direct_reflection(self, first: dict[int, Answers]) -> Scores:
@@ -234,9 +235,9 @@ def _verdict(judged: dict[int, Messages], i: int) -> Asks:
     return Asks(choose=[judged[i]], labels=prompts.VERDICTS)
 
 
-def _calibrated(asked: npt.NDArray[np.float32], unasked: npt.NDArray[np.float32]) -> float:
-    """How much likelier the question makes the response, as a probability; 0.5 where it makes no difference."""
-    gain = float(asked.sum() - unasked.sum())
+def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:
+    """How much likelier the whole prompt makes the response than any part does, as a probability; 0.5: no likelier."""
+    gain = float(whole.sum() - max(part.sum() for part in parts))
     return 0.5 + 0.5 * math.tanh(gain / _SCALE / 2)  # the logistic function, without overflow
 
 

@@ -43,15 +43,21 @@ def answer_of(text: str, form: Form) -> str:
     return text.rsplit(_MARK, 1)[-1].strip() if form == "reasoned" else text
 
 
-def unasked(prompt: Messages) -> Messages:
-    r"""The prompt without its last paragraph, which mostly is the question: what was there before anything was asked.
+def incomplete(prompt: Messages) -> list[Messages]:
+    r"""The prompt without its last paragraph, and without its first: one of the two lacks the question.
+
+    The question stands last behind a passage, and first where an instruction is followed by its input.
 
     Example:
-        >>> unasked([{"role": "user", "content": "A long passage.\n\nWho wrote it?"}])
-        [{'role': 'user', 'content': 'A long passage.'}]
+        >>> [p[0]["content"] for p in incomplete([{"role": "user", "content": "A passage.\n\nWho wrote it?"}])]
+        ['A passage.', 'Who wrote it?']
+        >>> incomplete([{"role": "user", "content": "One paragraph."}])
+        [[{'role': 'user', 'content': ''}]]
     """
     *turns, last = prompt
-    return [*turns, {**last, "content": last["content"].rstrip().rpartition("\n\n")[0]}]
+    text = last["content"].strip()
+    rests = dict.fromkeys((text.rpartition("\n\n")[0], text.partition("\n\n")[2]))
+    return [[*turns, {**last, "content": rest}] for rest in rests]
 
 
 def reflect(prompt: Messages, response: str) -> list[Messages]:

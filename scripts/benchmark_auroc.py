@@ -3,9 +3,9 @@
     python scripts/benchmark_auroc.py --model 0.5b --task squad_other_answer --out docs/benchmarks/auroc.json
 
 Rows come from scripts/data (its README names sources and licences), from the half that the defaults were not chosen
-on. Each estimator is run through ``ds.map(clear.score, batched=True)``; answers that two of them share are asked once,
-and the first estimator's rows/s is measured before anything is shared. An entry of the same model and task in the
-output file is replaced, others stay.
+on. Answers that two estimators or tasks share are asked once; rows/s are measured before anything is shared, so they
+stand with the first task, for the default and for the first reasoned estimator. An entry of the same model, task, half
+and number of rows in the output file is replaced, others stay.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ from clear_datasets.engines.transformers import Transformers
 from clear_datasets.noise import auroc
 
 DATA = Path(__file__).parent / "data"
+ALPACA = {"question": "instruction", "context": "input", "answer": "output"}
 TASKS = {
-    "squad_wrong_sentence": lambda ds: noise.wrong_sentence(ds, fraction=0.5, seed=1),
     "squad_other_answer": lambda ds: noise.other_answer(ds, fraction=0.5, seed=1),
+    "squad_wrong_sentence": lambda ds: noise.wrong_sentence(ds, fraction=0.5, seed=1),
+    "squad_other_answer_passage_last": lambda ds: noise.other_answer(ds, fraction=0.5, seed=1).rename_columns(ALPACA),
+    "squad_wrong_sentence_passage_last": lambda ds: noise.wrong_sentence(ds, 0.5, seed=1).rename_columns(ALPACA),
     "gsm8k": lambda ds: ds,
     "arc": lambda ds: ds,
 }
@@ -133,7 +136,7 @@ def estimators(args: argparse.Namespace) -> dict[str, BSDetector]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--half", choices=["choose", "report"], default="report")
     parser.add_argument("--forms", nargs="*", choices=["direct", "reasoned"], default=["direct"])
@@ -143,50 +146,56 @@ def main() -> None:
     args = parser.parse_args()
     model = str(fetch(args.model)) if args.model in MODELS else args.model
     datasets.disable_progress_bars()
-    rows = Dataset.from_json(str(DATA / f"{args.task.split('_')[0]}.jsonl"))
-    rows = rows.filter(lambda r: r["half"] == args.half)
-    rows = TASKS[args.task](rows.select(range(min(args.rows or len(rows), len(rows)))))
-    good = [not n for n in rows["noise"]]
-    targets = [infer(rows.features).read(r).response for r in rows]
     engine = Transformers(model)
     recorder = Recorder(engine)
     load(engine)
+    for task in args.task:
+        entry = {
+            **evaluate(task, args, recorder),
+            "model": Path(model).name.removesuffix(".gguf"),
+            "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
+            "date": datetime.date.today().isoformat(),
+        }
+        print(json.dumps(entry, indent=1), flush=True)
+        if args.out:
+            entries = json.loads(args.out.read_text()) if args.out.exists() else []
+            entries = [e for e in entries if any(e[k] != entry[k] for k in ("task", "model", "half", "rows"))]
+            args.out.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+
+
+def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
+    """All estimators and baselines on the rows of a task."""
+    rows = Dataset.from_json(str(DATA / f"{task.partition('_')[0]}.jsonl"))
+    rows = rows.filter(lambda r: r["half"] == args.half)
+    rows = TASKS[task](rows.select(range(min(args.rows or len(rows), len(rows)))))
+    good = [not n for n in rows["noise"]]
+    targets = [infer(rows.features).read(r).response for r in rows]
     scores: dict[str, dict[str, object]] = {}
     cost: dict[str, dict[str, float]] = {}
     for name, estimator in estimators(args).items():
         before, started = dict(recorder.tokens), time.perf_counter()
-        batch = rows[:]
-        scored = Clear(engine=recorder, confidence=estimator).score(batch)
+        scored = Clear(engine=recorder, confidence=estimator).score(rows[:])
         seconds = time.perf_counter() - started
         asked = {f"{k}_tokens_per_row": round((v - before[k]) / len(rows), 1) for k, v in recorder.tokens.items()}
-        if name == "default":  # the later ones share its answers
+        if task == args.task[0] and name in ("default", f"reasoned, {args.similarities[0]}"):
             cost[name] = {"rows_per_second": round(len(rows) / seconds, 3), **asked}
         for part in ("confidence", "consistency", "reflection"):
             scores[f"{name}: {part}"] = measure(scored[f"clear_{part}"], good)
-        print(name, json.dumps({p: scores[f"{name}: {p}"] for p in ("confidence", "consistency", "reflection")}),
-              json.dumps(cost.get(name)), flush=True)  # fmt: skip
+        print(
+            task, name, round(seconds), json.dumps({k: v for k, v in scores.items() if k.startswith(name)}), flush=True
+        )
     scores["target length, shorter is better"] = measure([-len(t) for t in targets], good)
     scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder), good)
-    entry = {
-        "task": args.task,
-        "model": Path(model).name.removesuffix(".gguf"),
+    return {
+        "task": task,
         "half": args.half,
         "rows": len(rows),
         "wrong": len(rows) - sum(good),
         "scores": scores,
         "cost": cost,
-        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
-        "date": datetime.date.today().isoformat(),
     }
-    print(json.dumps(entry, indent=1))
-    if args.out:
-        entries = json.loads(args.out.read_text()) if args.out.exists() else []
-        entries = [
-            e for e in entries if (e["task"], e["model"], e["half"]) != (entry["task"], entry["model"], args.half)
-        ]
-        args.out.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
 
 if __name__ == "__main__":

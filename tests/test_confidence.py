@@ -19,16 +19,24 @@ RHINE = example("A passage on the Rhine.\n\nWhere does it rise?", "the Alps")
 
 
 def test_direct_form_sums_similarity_likelihood_and_reflection():
-    engine = Scripted(answers=(("Where does it rise?", "Alps, mostly"),), yes=("Where does it rise?",))
+    engine = Scripted(answers=(("Where does it rise?", "Alps, mostly"),), yes=("Rhine.\n\nWhere does it rise?",))
     found = BSDetector(alpha=0.6, beta=0.8, k=3)([RHINE], engine)
     similarity = 1 / 2  # alps of alps, mostly
-    # Scripted log-probabilities: -0.1 a token where the question is asked, -2 where it is not; two words and the end.
+    # Scripted log-probabilities: -0.1 a token to the whole prompt, -2 to a part of it; two words and the end.
     agreement = 1 / (1 + math.exp(-3 * 1.9 / 3))
     assert found.consistency[0] == pytest.approx(0.6 * similarity + 0.4 * agreement, abs=1e-6)
     assert found.reflection[0] == pytest.approx((0.9 + 0.9) / 2)
     assert found.confidence[0] == pytest.approx(0.8 * found.consistency[0] + 0.2 * found.reflection[0])
     assert found.errors == [""]
     assert {a.dtype for a in (found.confidence, found.consistency, found.reflection)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("order", [("A passage on the Rhine.", "Where does it rise?"), ("Rise where?", "The Rhine.")])
+def test_what_one_part_of_the_prompt_makes_as_likely_has_no_gain_wherever_it_stands(order):
+    for likely in order:
+        engine = Scripted(yes=(likely,))
+        found = BSDetector(alpha=0, beta=1)([example("\n\n".join(order), "It rises.")], engine)
+        assert found.confidence[0] == pytest.approx(0.5)
 
 
 def test_the_papers_form_takes_answers_behind_their_explanations_and_counts_equal_ones():
@@ -110,10 +118,10 @@ COUNTED: list[tuple[int, int, int]] = []
 @pytest.mark.parametrize(
     "settings, asked",
     [
-        ({}, (1, 2, 2)),
+        ({}, (1, 2, 3)),
         ({"alpha": 1.0}, (1, 2, 0)),
-        ({"alpha": 0.0}, (0, 2, 2)),
-        ({"beta": 1.0}, (1, 0, 2)),
+        ({"alpha": 0.0}, (0, 2, 3)),
+        ({"beta": 1.0}, (1, 0, 3)),
         ({"beta": 0.0}, (0, 2, 0)),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from clear_datasets import Clear, above, noise, threshold
+from clear_datasets import BSDetector, Clear, above, noise, threshold
 from clear_datasets.noise import auroc
 
 pytestmark = pytest.mark.model
@@ -15,8 +15,12 @@ DATA = Path(__file__).parent.parent / "scripts" / "data"
 
 
 @pytest.fixture(scope="module")
-def scored(half_billion):
-    rows = Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "choose").select(range(100, 140))
+def rows():
+    return Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "choose").select(range(100, 140))
+
+
+@pytest.fixture(scope="module")
+def scored(rows, half_billion):
     return noise.other_answer(rows, fraction=0.5).map(Clear(half_billion).score, batched=True)
 
 
@@ -31,6 +35,13 @@ def test_half_of_the_rows_hold_most_of_the_right_ones(scored):
     kept = scored.filter(above(threshold(scored)))
     assert len(kept) == 20
     assert sum(not n for n in kept["noise"]) >= 15
+
+
+def test_copied_sentences_are_found_where_the_instruction_comes_first(rows, half_billion):
+    noisy = noise.wrong_sentence(rows, fraction=0.5)
+    alpaca = noisy.rename_columns({"question": "instruction", "context": "input", "answer": "output"})
+    scored = alpaca.map(Clear(half_billion, confidence=BSDetector(alpha=0, beta=1)).score, batched=True)
+    assert auroc(scored["clear_confidence"], [not n for n in scored["noise"]]) > 0.75
 
 
 def test_a_gguf_file_is_converted_once(half_billion):
