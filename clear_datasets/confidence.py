@@ -75,7 +75,8 @@ class BSDetector:
         samples: Form of the samples, "direct" or "reasoned".
         reflection: Form of the reflection, "direct" or "reasoned".
         rounds: Of reasoned reflection.
-        max_tokens: After which a sample or an explanation is cut off.
+        max_tokens: After which a sample or an explanation is cut off; a direct sample sooner, at 32 tokens more than
+            the response has bytes. No response has more tokens than bytes: what runs on so far is another answer.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -115,6 +116,15 @@ class BSDetector:
     def samples_needed(self) -> bool:
         """Whether any sample has a weight: sampling is the cost."""
         return self.beta > 0 and (self.alpha > 0 or self.samples == "reasoned")
+
+    def limit(self, response: str) -> int:
+        """Tokens after which a sample is cut off that is to be compared with a response.
+
+        Example:
+            >>> BSDetector().limit("the Alps")
+            40
+        """
+        return self.max_tokens if self.samples == "reasoned" else min(self.max_tokens, 32 + len(response.encode()))
 
     @classmethod
     def paper(cls) -> BSDetector:
@@ -176,7 +186,7 @@ class _Run:
             generate=[own] if settings.samples_needed else [],
             n=settings.k,
             temperature=settings.temperature,
-            max_tokens=settings.max_tokens,
+            max_tokens=[settings.limit(response)] * settings.samples_needed,
             choose=prompts.reflect(prompt, response) if reflects else [],
             labels=prompts.LABELS if reflects else (),
             read=[(p, response) for p in (own, *parts)] if reads else [],
@@ -247,7 +257,7 @@ _PARTS = ("generate", "choose", "read")
 def _join(each: Sequence[Asks]) -> Asks:
     """One question to the engine out of those of the rows, which are alike in all but their prompts."""
     joined: dict[str, Any] = {part: [p for asks in each for p in getattr(asks, part)] for part in _PARTS}
-    return replace(each[0], **joined)
+    return replace(each[0], max_tokens=[limit for asks in each for limit in asks.limits], **joined)
 
 
 def _split(answers: Answers, each: Sequence[Asks]) -> list[Answers]:

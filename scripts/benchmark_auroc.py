@@ -51,7 +51,12 @@ class Recorder(Engine):
         self.engine, self.known, self.tokens = engine, {}, {"prompt": 0, "generated": 0}
 
     def generate(
-        self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
+        self,
+        prompts: Sequence[Messages],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int | Sequence[int] = 512,
     ) -> list[list[str]]:
         return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
 
@@ -62,13 +67,15 @@ class Recorder(Engine):
         return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
 
     def answer(self, asks: Asks) -> Answers:
+        limits = asks.limits
         keys = {
-            "generate": [repr((p, asks.n, asks.temperature, asks.max_tokens)) for p in asks.generate],
+            "generate": [repr((p, asks.n, asks.temperature, m)) for p, m in zip(asks.generate, limits, strict=True)],
             "choose": [repr((p, tuple(asks.labels))) for p in asks.choose],
             "read": [repr(pair) for pair in asks.read],
         }
         new = {kind: [i for i, key in enumerate(of) if key not in self.known] for kind, of in keys.items()}
         rest = replace(asks, **{kind: [getattr(asks, kind)[i] for i in new[kind]] for kind in keys})
+        rest = replace(rest, max_tokens=[limits[i] for i in new["generate"]])
         answers = self.engine.answer(rest)
         for kind, found in (("generate", answers.generated), ("choose", answers.chosen), ("read", answers.read)):
             self.known.update(zip([keys[kind][i] for i in new[kind]], found, strict=True))

@@ -30,7 +30,12 @@ from clear_datasets.engines import Engine, Messages
 @dataclass(frozen=True)
 class Constant(Engine):
     def generate(
-        self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
+        self,
+        prompts: Sequence[Messages],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int | Sequence[int] = 512,
     ) -> list[list[str]]:
         return [["in the year 1876", "1876", "about 1876", "in 1877", "1876."][:n]] * len(prompts)
 

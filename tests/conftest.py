@@ -38,7 +38,12 @@ class Scripted(Engine):
     limit: int = 10_000
 
     def generate(
-        self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
+        self,
+        prompts: Sequence[Messages],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int | Sequence[int] = 512,
     ) -> list[list[str]]:
         self._check(prompts)
         return [[self._answer(p) for _ in range(n)] for p in prompts]

@@ -133,6 +133,30 @@ def test_what_has_no_weight_is_not_asked_for(settings, asked):
     assert 0 <= found.confidence[0] <= 1
 
 
+@dataclass(frozen=True)
+class Rambling(Scripted):
+    """Says one letter, which is a token, up to the limit."""
+
+    def generate(self, prompts, *, n=1, temperature=0.0, max_tokens=512):
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+        return [["x" * limit] * n for limit in limits]
+
+
+def test_samples_are_cut_off_once_they_cannot_be_the_response():
+    seen = []
+
+    def similarity(pairs, engine):
+        seen.extend((response, len(sample)) for response, sample in pairs)
+        return np.ones(len(pairs), dtype=np.float32)
+
+    rows = [example("Why?", "the Alps"), example("Why?", "東京"), example("Why?", "y" * 1000)]
+    BSDetector(k=1, similarity=similarity)(rows, Rambling())
+    assert seen == [("the Alps", 40), ("東京", 38), ("y" * 1000, 256)]
+    seen.clear()
+    BSDetector(k=1, similarity=similarity, samples="reasoned")(rows, Rambling())
+    assert [size for _, size in seen] == [256] * 3
+
+
 def test_nothing_in_nothing_out():
     found = BSDetector()([], Scripted())
     assert found.errors == []

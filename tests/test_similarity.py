@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
-from clear_datasets import LLM, NLI, Embedding, Jaccard
+from clear_datasets import LLM, NLI, BSDetector, Clear, Embedding, Jaccard
+from clear_datasets.engines.transformers import Transformers
 from tests.conftest import Scripted, make_tiny
 
 PAIRS = [("the Alps", "In the Alps."), ("Rhine", "Rhine"), ("Rhine", "Main"), ("the Alps", "In the Alps.")]
@@ -91,6 +94,17 @@ def test_nli_takes_texts_longer_than_its_positions_and_refuses_other_classifiers
         NLI(str(classifier[2]))(PAIRS, None)
 
 
+def test_the_papers_configuration_from_end_to_end(classifier, tmp_path):
+    engine = Transformers(str(make_tiny(tmp_path, max_position_embeddings=4096)), dtype="float32")
+    paper = replace(BSDetector.paper(), similarity=NLI(str(classifier[0])), max_tokens=32)
+    rows = {"prompt": ["Where does the Rhine rise?", "Where is Basel?"], "response": ["In the Alps", "On the Rhine"]}
+    scored = Dataset.from_dict(rows).map(Clear(engine=engine, confidence=paper).score, batched=True)
+    # A random model may say no verdict at all; then its row says so, and has the other part.
+    for row in scored:
+        assert 0 <= row["clear_consistency"] <= 1
+        assert (row["clear_error"] == "") == (0 <= row["clear_confidence"] <= 1)
+
+
 def test_embedding_is_the_cosine_of_mean_states(classifier):
     found = Embedding(str(classifier[0]), batch_size=2)(PAIRS, None)
     assert found[1] == pytest.approx(1, abs=1e-5)
@@ -101,8 +115,6 @@ def test_embedding_is_the_cosine_of_mean_states(classifier):
 def test_llm_asks_the_same_model_in_both_orders(tmp_path):
     found = LLM()(PAIRS, Scripted(yes=("Alps",)))
     np.testing.assert_allclose(found, [0.9, 1.0, 0.2, 0.9], atol=1e-6)
-    from clear_datasets.engines.transformers import Transformers
-
     engine = Transformers(str(make_tiny(tmp_path)), dtype="float32")
     real = LLM()([("Rhine", "Main"), ("Main", "Rhine")], engine)
     assert real[0] == real[1] or math.isnan(real[0])

@@ -33,10 +33,20 @@ class Asks:
     generate: Sequence[Messages] = ()
     n: int = 1
     temperature: float = 0.0
-    max_tokens: int = 512
+    max_tokens: int | Sequence[int] = 512
     choose: Sequence[Messages] = ()
     labels: Sequence[str] = ()
     read: Sequence[tuple[Messages, str]] = ()
+
+    @property
+    def limits(self) -> list[int]:
+        """`max_tokens` of each prompt to generate from."""
+        limits = [self.max_tokens] * len(self.generate) if isinstance(self.max_tokens, int) else list(self.max_tokens)
+        if len(limits) != len(self.generate):
+            raise ValueError(
+                f"max_tokens has {len(limits)} numbers for {len(self.generate)} prompts; give one for each"
+            )
+        return limits
 
 
 @dataclass
@@ -57,7 +67,12 @@ class Engine(Protocol):
     """
 
     def generate(
-        self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
+        self,
+        prompts: Sequence[Messages],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int | Sequence[int] = 512,
     ) -> list[list[str]]:
         """Write ``n`` answers to each prompt.
 
@@ -65,7 +80,7 @@ class Engine(Protocol):
             prompts: Chats that end with a user turn.
             n: Answers to each.
             temperature: 0 takes the likeliest token each time.
-            max_tokens: Tokens after which an answer is cut off.
+            max_tokens: Tokens after which an answer is cut off: one number for all prompts, or one for each.
 
         Returns:
             ``[len(prompts)][n]`` texts.

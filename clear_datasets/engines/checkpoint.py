@@ -143,9 +143,10 @@ def _load(config: Transformers) -> Checkpoint:
 def _end_of_turn(tokenizer: Any, ends: set[int | None]) -> int:
     """The token by which the chat template ends an answer: not every tokenizer's eos token is."""
     if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "Say x."}, {"role": "assistant", "content": "x"}]
-        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("x")[2]
-        for token in tokenizer.encode(after, add_special_tokens=False):
+        said = "Seven"
+        chat = [{"role": "user", "content": "Say a number."}, {"role": "assistant", "content": said}]
+        _, found, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(said)
+        for token in tokenizer.encode(after, add_special_tokens=False) if found else ():
             if token in ends:
                 return int(token)
     return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(e for e in ends if e is not None))

@@ -20,6 +20,7 @@ class Request:
     kind: Literal["generate", "choose", "read"]
     position: int  # in the list of its kind
     draws: int = 0  # samples to draw
+    room: int = 0  # tokens of a sample at most
     stem: tuple[int, ...] = ()  # choose: the tokens of a label that `ids` ends with
     tail: int = 0  # read: how many of the last ids are the response
 
@@ -58,12 +59,12 @@ def group(requests: list[Request], share: bool) -> list[Run]:
     return runs
 
 
-def windows(runs: list[Run], budget: int, max_tokens: int) -> Iterator[list[Run]]:
+def windows(runs: list[Run], budget: int) -> Iterator[list[Run]]:
     """Split the runs, longest first, into windows that fit one forward pass and one decoding batch."""
     window: list[Run] = []
     held = 0
     for run in sorted(runs, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
-        holds = sum(q.draws * (len(q.ids) + max_tokens) for q in run.requests)
+        holds = sum(q.draws * (len(q.ids) + q.room) for q in run.requests)
         if window and ((len(window) + 1) * max(window[0].shared, 1) > budget or held + holds > _HELD * budget):
             yield window
             window, held = [], 0

@@ -51,7 +51,12 @@ class Transformers(Engine):
         object.__setattr__(self, "stamp", stamp(self.model))  # another engine once the files have changed
 
     def generate(
-        self, prompts: Sequence[Messages], *, n: int = 1, temperature: float = 0.0, max_tokens: int = 512
+        self,
+        prompts: Sequence[Messages],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int | Sequence[int] = 512,
     ) -> list[list[str]]:
         """See `Engine.generate`."""
         return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
@@ -69,10 +74,11 @@ class Transformers(Engine):
         checkpoint = load(self)
         known = Labels(asks.labels, checkpoint.tokenizer)
         targets = [checkpoint.response(text) for _, text in asks.read]
-        reserve = [asks.max_tokens] * len(asks.generate) + [known.depth] * len(asks.choose) + [len(t) for t in targets]
+        limits = asks.limits
+        reserve = limits + [known.depth] * len(asks.choose) + [len(t) for t in targets]
         encoded = iter(checkpoint.encode([*asks.generate, *asks.choose, *(p for p, _ in asks.read)], reserve))
         draws = asks.n if asks.temperature > 0 else 1  # at temperature 0 every sample is the same
-        requests = [Request(next(encoded), "generate", i, draws) for i in range(len(asks.generate))]
+        requests = [Request(next(encoded), "generate", i, draws, room=room) for i, room in enumerate(limits)]
         for i in range(len(asks.choose)):
             ids = next(encoded)
             requests += [Request([*ids, *stem], "choose", i, stem=stem) for stem in known.stems]
@@ -82,7 +88,7 @@ class Transformers(Engine):
         drawn: list[Draw] = []
         waiting: list[Writing] = []
         budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
-        for window in windows(group(requests, checkpoint.shares_prefix), budget, asks.max_tokens):
+        for window in windows(group(requests, checkpoint.shares_prefix), budget):
             for request, result in self._window(window, checkpoint, asks, budget):
                 if request.kind == "choose":
                     known.add(masses, request.position, request.stem, result)
@@ -134,7 +140,7 @@ class Transformers(Engine):
             logits = state.forward([tokens for _, _, tokens in chunk], keep=max(q.tail for q in requests) + 1)
             if requests[0].kind == "generate":
                 drawn = [(i, q, s) for i, q in enumerate(requests) for s in range(q.draws)]
-                draws = [Draw(q.position, uniform(q.ids, s, self.seed, asks.max_tokens)) for _, q, s in drawn]
+                draws = [Draw(q.position, uniform(q.ids, s, self.seed, q.room)) for _, q, s in drawn]
                 rows = [i for i, _, _ in drawn]
                 yield requests[0], Writing(state.select(rows), draws, asks.temperature, logits[rows, -1])
             elif requests[0].kind == "choose":

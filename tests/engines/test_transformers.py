@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clear_datasets.engines import Asks, PromptError
 from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.transformers import Transformers
-from tests.conftest import make_tiny
+from tests.conftest import TEMPLATE, make_tiny
 
 PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
 TEXTS = [
@@ -112,6 +112,16 @@ def test_samples_depend_on_prompt_number_and_seed_only(tiny, user):
     assert together != Transformers(tiny, dtype="float32", seed=1).generate(prompts, n=3, temperature=1.0, max_tokens=8)
 
 
+def test_each_prompt_may_have_a_limit_of_its_own(tiny, user):
+    engine = Transformers(tiny, dtype="float32")
+    prompts, limits = [user(t) for t in TEXTS[:3]], [3, 9, 6]
+    found = engine.generate(prompts, n=2, temperature=1.0, max_tokens=limits)
+    for prompt, limit, texts in zip(prompts, limits, found, strict=True):
+        assert [texts] == engine.generate([prompt], n=2, temperature=1.0, max_tokens=limit)
+    with pytest.raises(ValueError, match="2 numbers for 3 prompts"):
+        engine.generate(prompts, max_tokens=[1, 2])
+
+
 def test_samples_follow_the_models_distribution(tiny, plain, user):
     prompt = user("Who?")
     drawn = Transformers(tiny, dtype="float32").generate([prompt], n=4000, temperature=1.0, max_tokens=1)[0]
@@ -149,26 +159,30 @@ def test_all_kinds_in_one_queue_equal_each_alone(tiny, user):
         np.testing.assert_allclose(mine, alone, atol=1e-4)
 
 
-def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, user, monkeypatch):
+@pytest.mark.parametrize("where", ["before the model", "after its first layer"])
+def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, user, monkeypatch, where):
     engine = Transformers(tiny, dtype="float32")
     model = load(engine).model
     prompts = [user(t) for t in TEXTS]
     asks = Asks(prompts, 2, 1.0, 6, prompts, ["Y", "N"])
     wanted = engine.answer(asks)
-    forward, sizes = type(model).forward, []
+    module = model if where == "before the model" else model.model.layers[1]
+    forward, sizes = module.forward, []
 
-    def small(self, input_ids, **rest):
-        sizes.append(len(input_ids))
-        if len(input_ids) > limit:
+    def small(*args, **named):
+        size = len(args[0] if args else named["input_ids"])
+        sizes.append(size)
+        if size > limit:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(self, input_ids, **rest)
+        return forward(*args, **named)
 
-    monkeypatch.setattr(type(model), "forward", small)
-    limit = 4
-    found = engine.answer(asks)
-    assert max(sizes) > limit
-    assert found.generated == wanted.generated
-    np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=1e-4)
+    monkeypatch.setattr(module, "forward", small)
+    for limit in (4, 1):
+        sizes.clear()
+        found = engine.answer(asks)
+        assert max(sizes) > limit
+        assert found.generated == wanted.generated
+        np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=1e-4)
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         engine.answer(asks)
@@ -197,6 +211,18 @@ def test_models_without_a_system_role_or_a_chat_template(tmp_path: Path, user):
         engine = Transformers(str(folder), dtype="float32")
         with_system, without = engine.generate([chat, user("Who?")], max_tokens=6)
         assert with_system != without
+
+
+def test_a_turn_ends_where_the_chat_template_ends_it(tmp_path: Path, user):
+    template = TEMPLATE.replace("<|end|>", "<|pad|>")  # not the tokenizer's eos token; both end an answer
+    folder = str(make_tiny(tmp_path, template=template, eos_token_id=[1, 0]))
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(user("Who?"), tokenize=False, add_generation_prompt=True) + "No"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    with torch.inference_mode():
+        wanted = model(**ids).logits[0, -1].log_softmax(-1)[0]
+    [found] = Transformers(folder, dtype="float32").logprobs([user("Who?")], ["No"])
+    assert found[-1] == pytest.approx(float(wanted), abs=1e-4)
 
 
 def test_sliding_window_models_are_not_given_padding_inside_a_prompt(tmp_path: Path, user):
