@@ -9,6 +9,7 @@ from typing import Literal
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a pass of its own
 _HELD = 8  # how many times the tokens of a forward pass the sequences of a window may hold while they are written
+_ENOUGH = 8  # a forward pass of this part of the budget is fast; a larger one is not worth padding
 _LOGITS = 8  # a token whose logits are read weighs as much as this many that are not: the vocabulary is large
 
 
@@ -65,7 +66,8 @@ def windows(runs: list[Run], budget: int) -> Iterator[list[Run]]:
     held = 0
     for run in sorted(runs, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
         holds = sum(q.draws * (len(q.ids) + q.room) for q in run.requests)
-        if window and ((len(window) + 1) * max(window[0].shared, 1) > budget or held + holds > _HELD * budget):
+        full = (len(window) + 1) * max(run.shared, window[0].shared if window else 1) > budget
+        if window and (full or held + holds > _HELD * budget or 2 * run.shared < window[0].shared):
             yield window
             window, held = [], 0
         window.append(run)
@@ -78,9 +80,11 @@ def chunks(rows: list[tuple[int, Request, list[int]]], budget: int) -> Iterator[
     """Split rows (run, request, tokens after the shared ones) into forward passes: like with like, little padding."""
     chunk: list[tuple[int, Request, list[int]]] = []
     widest = 0
-    for row in sorted(rows, key=lambda r: (r[1].kind, r[1].tail, len(r[2]))):
+    for row in sorted(rows, key=lambda r: (r[1].kind, r[1].tail // _LOGITS, len(r[2]))):
         width = max(len(row[2]), _LOGITS * (row[1].tail + 1))
-        if chunk and (row[1].kind != chunk[0][1].kind or (len(chunk) + 1) * max(widest, width) > budget):
+        full = (len(chunk) + 1) * max(widest, width) > budget
+        pads = len(row[2]) != len(chunk[-1][2]) and len(chunk) * widest * _ENOUGH >= budget if chunk else False
+        if chunk and (row[1].kind != chunk[0][1].kind or full or pads):
             yield chunk
             chunk, widest = [], 0
         chunk.append(row)
