@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,24 +156,25 @@ def main() -> None:
     engine = Transformers(model)
     recorder = Recorder(engine)
     load(engine)
+    about = {
+        "model": Path(model).name.removesuffix(".gguf"),
+        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
+        "date": datetime.date.today().isoformat(),
+    }
     for task in args.task:
-        entry = {
-            **evaluate(task, args, recorder),
-            "model": Path(model).name.removesuffix(".gguf"),
-            "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-            f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
-            "date": datetime.date.today().isoformat(),
-        }
+        for found in evaluate(task, args, recorder):
+            entry = found | about
+            if args.out:  # at once: a run that is ended keeps what it has
+                entries = json.loads(args.out.read_text()) if args.out.exists() else []
+                entries = [e for e in entries if any(e[k] != entry[k] for k in ("task", "model", "half", "rows"))]
+                args.out.write_text(json.dumps([*entries, entry], indent=1) + "\n")
         print(json.dumps(entry, indent=1), flush=True)
-        if args.out:
-            entries = json.loads(args.out.read_text()) if args.out.exists() else []
-            entries = [e for e in entries if any(e[k] != entry[k] for k in ("task", "model", "half", "rows"))]
-            args.out.write_text(json.dumps([*entries, entry], indent=1) + "\n")
 
 
-def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> dict[str, object]:
-    """All estimators and baselines on the rows of a task."""
+def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterator[dict[str, object]]:
+    """All estimators and baselines on the rows of a task: what is known after each."""
     rows = Dataset.from_json(str(DATA / f"{task.partition('_')[0]}.jsonl"))
     rows = rows.filter(lambda r: r["half"] == args.half)
     rows = TASKS[task](rows.select(range(min(args.rows or len(rows), len(rows)))))
@@ -181,6 +182,16 @@ def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> dict[st
     targets = [infer(rows.features).read(r).response for r in rows]
     scores: dict[str, dict[str, object]] = {}
     cost: dict[str, dict[str, float]] = {}
+    known = {
+        "task": task,
+        "half": args.half,
+        "rows": len(rows),
+        "wrong": len(rows) - sum(good),
+        "scores": scores,
+        "cost": cost,
+    }
+    scores["target length, shorter is better"] = measure([-len(t) for t in targets], good)
+    scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder.engine), good)
     for name, estimator in estimators(args).items():
         before, started = dict(recorder.tokens), time.perf_counter()
         scored = Clear(engine=recorder, confidence=estimator).score(rows[:])
@@ -193,16 +204,7 @@ def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> dict[st
         print(
             task, name, round(seconds), json.dumps({k: v for k, v in scores.items() if k.startswith(name)}), flush=True
         )
-    scores["target length, shorter is better"] = measure([-len(t) for t in targets], good)
-    scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder), good)
-    return {
-        "task": task,
-        "half": args.half,
-        "rows": len(rows),
-        "wrong": len(rows) - sum(good),
-        "scores": scores,
-        "cost": cost,
-    }
+        yield known
 
 
 if __name__ == "__main__":
