@@ -61,8 +61,8 @@ class BSDetector:
     A part whose weight is 0 is not asked for: ``alpha=0`` does without samples, ``beta=1`` without reflection.
 
     The default was chosen on rows that are not reported on (docs/log.md). On others, with 0.5B parameters on
-    two cores, it has an AUROC of .933 on SQuAD rows with another question's answer and .956 with a wrong sentence, at
-    0.62 rows/s (1.5B: .969); five samples compared by Jaccard alone .850 and .820; reflection alone .526 and .519
+    two cores, it has an AUROC of .930 on SQuAD rows with another question's answer and .955 with a wrong sentence, at
+    0.57 rows/s; five samples compared by Jaccard alone .851 and .821; reflection alone .526 and .519
     (docs/benchmarks/auroc.json). Its limit: r compares whole responses, so that in a long one the gain of its right
     parts hides a small mistake.
 

@@ -31,6 +31,7 @@ from clear_datasets.engines import Answers, Asks, Engine, Messages
 from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.noise import auroc
+from clear_datasets.steps import SCORES_REVISION
 
 DATA = Path(__file__).parent / "data"
 ALPACA = {"question": "instruction", "context": "input", "answer": "output"}
@@ -157,6 +158,7 @@ def main() -> None:
     recorder = Recorder(engine)
     load(engine)
     about = {
+        "scores_revision": SCORES_REVISION,
         "model": Path(model).name.removesuffix(".gguf"),
         "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

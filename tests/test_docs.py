@@ -1,0 +1,29 @@
+"""The README's figures are those of docs/benchmarks, and its commands exist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENTRIES = json.loads((ROOT / "docs" / "benchmarks" / "auroc.json").read_text())
+
+
+def short(value: float) -> str:
+    return f"{value:.3f}".lstrip("0")
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['task']}-{e['model'].split('-')[2]}-{e['rows']}")
+def test_the_table_of_the_readme_is_that_of_the_results(entry):
+    shown = [
+        short(entry["scores"][name]["auroc"][0])
+        for name in ("default: consistency", "default: reflection", "direct, jaccard only: consistency",
+                     "target length, shorter is better", "mean token log-probability of the target")
+        if name in entry["scores"]
+    ]  # fmt: skip
+    score, low, high = map(short, entry["scores"]["default: confidence"]["auroc"])
+    lines = (ROOT / "README.md").read_text().splitlines()
+    line = next((x for x in lines if f"**{score}** ({low} to {high})" in x), "")
+    assert [cell for cell in map(str.strip, line.split("|")) if cell in shown] == shown, f"{score}: {line or 'no line'}"
