@@ -66,8 +66,11 @@ def windows(runs: list[Run], budget: int) -> Iterator[list[Run]]:
     held = 0
     for run in sorted(runs, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
         holds = sum(q.draws * (len(q.ids) + q.room) for q in run.requests)
-        full = (len(window) + 1) * max(run.shared, window[0].shared if window else 1) > budget
-        if window and (full or held + holds > _HELD * budget or 2 * run.shared < window[0].shared):
+        if window and (
+            (len(window) + 1) * window[0].shared > budget
+            or 2 * run.shared < window[0].shared
+            or held + holds > _HELD * budget
+        ):
             yield window
             window, held = [], 0
         window.append(run)
@@ -82,9 +85,11 @@ def chunks(rows: list[tuple[int, Request, list[int]]], budget: int) -> Iterator[
     widest = 0
     for row in sorted(rows, key=lambda r: (r[1].kind, r[1].tail // _LOGITS, len(r[2]))):
         width = max(len(row[2]), _LOGITS * (row[1].tail + 1))
-        full = (len(chunk) + 1) * max(widest, width) > budget
-        pads = len(row[2]) != len(chunk[-1][2]) and len(chunk) * widest * _ENOUGH >= budget if chunk else False
-        if chunk and (row[1].kind != chunk[0][1].kind or full or pads):
+        if chunk and (
+            row[1].kind != chunk[0][1].kind
+            or (len(chunk) + 1) * max(widest, width) > budget
+            or (len(row[2]) != len(chunk[-1][2]) and len(chunk) * widest * _ENOUGH >= budget)
+        ):
             yield chunk
             chunk, widest = [], 0
         chunk.append(row)
