@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets import prompts
-from clear_datasets.engines import Answers, Asks, Engine, Messages, PromptError
+from clear_datasets.engines import Answers, Asks, Engine, PromptError
 from clear_datasets.formats import Example
 from clear_datasets.prompts import Form
 from clear_datasets.similarity import NLI, Jaccard, Similarity, words
@@ -54,9 +53,9 @@ class BSDetector:
     Reflection is the probability of "Yes" when the model is asked whether the response is correct, the mean over both
     orders of the labels. All of it but the samples is one forward pass.
 
-    *Reasoned*, the paper's: explanation first, then the answer, for the samples and for each round of reflection, with
-    the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal the response.
-    Verdicts are probabilities of their letters, where the paper samples one letter.
+    *Reasoned*, the paper's: explanation first, then the answer, for the samples and for each of two questions of
+    reflection, with the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal
+    the response. Verdicts are probabilities of their letters, where the paper samples one letter.
 
     A part whose weight is 0 is not asked for: ``alpha=0`` does without samples, ``beta=1`` without reflection.
 
@@ -74,7 +73,6 @@ class BSDetector:
         similarity: How far two responses agree.
         samples: Form of the samples, "direct" or "reasoned".
         reflection: Form of the reflection, "direct" or "reasoned".
-        rounds: Of reasoned reflection.
         max_tokens: After which a sample or an explanation is cut off; a direct sample sooner, at 32 tokens more than
             the response has bytes. No response has more tokens than bytes: what runs on so far is another answer.
 
@@ -97,17 +95,14 @@ class BSDetector:
     similarity: Similarity = field(default_factory=Jaccard)
     samples: Form = "direct"
     reflection: Form = "direct"
-    rounds: int = 2
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, a weight; expected a number from 0 to 1")
-        if self.k < 1 or self.rounds < 1 or self.max_tokens < 1:
-            raise ValueError(
-                f"k={self.k}, rounds={self.rounds}, max_tokens={self.max_tokens}; expected at least 1 of each"
-            )
+        if self.k < 1 or self.max_tokens < 1:
+            raise ValueError(f"k={self.k}, max_tokens={self.max_tokens}; expected at least 1 of each")
         for name in ("samples", "reflection"):
             if getattr(self, name) not in ("direct", "reasoned"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'direct' or 'reasoned'")
@@ -200,22 +195,20 @@ class _Run:
         return scores
 
     def reasoned_reflection(self) -> Scores:
-        """The mean over the rounds of P(correct) + P(not sure) / 2, each round after an explanation of its own."""
-        asked: dict[int, Messages] = {i: prompts.consider(e.prompt, e.response) for i, e in enumerate(self.examples)}
-        rounds = np.full((len(self.examples), self.settings.rounds), np.nan, dtype=np.float32)
+        """The mean of P(correct) + P(not sure) / 2 over the questions, each after an explanation of its own."""
+        scores = np.full(len(self.examples), np.nan, dtype=np.float32)
         if self.settings.beta == 1:
-            return rounds[:, 0]
-        for number in range(self.settings.rounds):
-            reasons = self.ask(lambda i: Asks(generate=[asked[i]], max_tokens=self.settings.max_tokens))
-            judged = {i: prompts.verdict(asked[i], answers.generated[0][0]) for i, answers in reasons.items()}
-            verdicts = self.ask(partial(_verdict, judged))
-            for i, answers in verdicts.items():
-                right, _, unsure = answers.chosen[0]
-                rounds[i, number] = right + unsure / 2
-                letter = prompts.VERDICTS[int(np.argmax(answers.chosen[0]))]
-                asked[i] = prompts.reconsider(judged[i], letter)
-        means: Scores = rounds.mean(axis=1)
-        return means
+            return scores
+        asked = {i: prompts.consider(e.prompt, e.response) for i, e in enumerate(self.examples)}
+        reasons = self.ask(lambda i: Asks(generate=asked[i], max_tokens=self.settings.max_tokens))
+        judged = {
+            i: [prompts.verdict(question, texts[0]) for question, texts in zip(asked[i], a.generated, strict=True)]
+            for i, a in reasons.items()
+        }
+        for i, answers in self.ask(lambda i: Asks(choose=judged[i], labels=prompts.VERDICTS)).items():
+            right, _, unsure = answers.chosen.T
+            scores[i] = (right + unsure / 2).mean()
+        return scores
 
     def consistency(self, first: dict[int, Answers]) -> Scores:
         """Alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row."""
@@ -239,10 +232,6 @@ class _Run:
             elif not np.isnan(near).all():
                 scores[i] = settings.alpha * np.nanmean(near) + (1 - settings.alpha) * agreement
         return scores
-
-
-def _verdict(judged: dict[int, Messages], i: int) -> Asks:
-    return Asks(choose=[judged[i]], labels=prompts.VERDICTS)
 
 
 def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:

@@ -21,6 +21,10 @@ _SAMPLE = {
     "reasoned": f"Think step by step and write down your reasoning. Then begin a last line with {_MARK!r} "
     "and write the answer alone behind it.",
 }
+_REASONS = (
+    "Check step by step whether the proposed answer is correct, and explain what speaks for it and against it.",
+    "Are you really sure that the proposed answer is correct? Go through it once more, and explain what you find.",
+)
 
 
 def sample(prompt: Messages, form: Form) -> Messages:
@@ -66,25 +70,16 @@ def reflect(prompt: Messages, response: str) -> list[Messages]:
     return [_append(prompt, f"{question} Reply {a} or {b}.") for a, b in (LABELS, LABELS[::-1])]
 
 
-def consider(prompt: Messages, response: str) -> Messages:
-    """Ask for the reasons for and against a response, before any verdict."""
-    return _append(
-        prompt,
-        f"Proposed answer: {response}\n\nCheck step by step whether the proposed answer is correct, and explain what "
-        "speaks for it and against it.",
-    )
+def consider(prompt: Messages, response: str) -> list[Messages]:
+    """Ask for the reasons for and against a response, before any verdict: two questions, each of its own."""
+    proposed = f"Proposed answer: {response}\n\n"
+    return [_append(prompt, proposed + question) for question in _REASONS]
 
 
 def verdict(considered: Messages, explanation: str) -> Messages:
     """Ask for the verdict after an explanation, to be answered by one of `VERDICTS`."""
     choices = "Is the proposed answer\nA. correct\nB. incorrect\nC. not sure\nReply with the letter alone."
     return [*considered, {"role": "assistant", "content": explanation}, {"role": "user", "content": choices}]
-
-
-def reconsider(judged: Messages, letter: str) -> Messages:
-    """Ask again after a verdict: the second and later rounds of the reasoned reflection."""
-    again = "Are you really sure about the proposed answer? Check it once more, step by step."
-    return [*judged, {"role": "assistant", "content": letter}, {"role": "user", "content": again}]
 
 
 def same(first: str, second: str) -> Messages:

@@ -18,7 +18,7 @@ from clear_datasets.formats import Example, Format, FormatError, infer
 if TYPE_CHECKING:
     from datasets import Features
 
-SCORES_REVISION = 2  # raised whenever equal settings give other scores than before; see CHANGELOG.md
+SCORES_REVISION = 3  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")

@@ -4,8 +4,8 @@
 
 Rows come from scripts/data (its README names sources and licences), from the half that the defaults were not chosen
 on. Answers that two estimators or tasks share are asked once; rows/s are measured before anything is shared, so they
-stand with the first task, for the default and for the first reasoned estimator. An entry of the same model, task, half
-and number of rows in the output file is replaced, others stay.
+stand with the first task, for the default and for the first reasoned estimator. The output file has an entry for each
+model, task, half and number of rows; a run replaces the scores that it makes, and adds a line on itself to `runs`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -130,8 +131,8 @@ def estimators(args: argparse.Namespace) -> dict[str, BSDetector]:
     similarities = {"jaccard": Jaccard(), "llm": LLM()}
     if args.embedding:
         similarities["embedding"] = Embedding(args.embedding)
-    every = {"default": BSDetector()}
-    for form in args.forms:
+    every = {"default": BSDetector()} if "default" in args.forms else {}
+    for form in [f for f in args.forms if f in ("direct", "reasoned")]:
         for name in args.similarities:
             if form == "reasoned":
                 # The paper's form and weights, with the similarities that there are.
@@ -147,7 +148,8 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--half", choices=["choose", "report"], default="report")
-    parser.add_argument("--forms", nargs="*", choices=["direct", "reasoned"], default=["direct"])
+    forms = ["baselines", "default", "direct", "reasoned"]
+    parser.add_argument("--forms", nargs="*", choices=forms, default=forms[:3])
     parser.add_argument("--similarities", nargs="*", choices=["jaccard", "embedding", "llm"], default=["jaccard"])
     parser.add_argument("--embedding", help="a sentence-embedding checkpoint for the embedding similarity")
     parser.add_argument("--out", type=Path)
@@ -157,25 +159,35 @@ def main() -> None:
     engine = Transformers(model)
     recorder = Recorder(engine)
     load(engine)
-    about = {
+    run = {
         "scores_revision": SCORES_REVISION,
-        "model": Path(model).name.removesuffix(".gguf"),
         "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
+    name = Path(model).name.removesuffix(".gguf")
     for task in args.task:
         for found in evaluate(task, args, recorder):
-            entry = found | about
+            entry = {"model": name, **found, "runs": [{**run, "scores": list(found["scores"])}]}
             if args.out:  # at once: a run that is ended keeps what it has
-                entries = json.loads(args.out.read_text()) if args.out.exists() else []
-                entries = [e for e in entries if any(e[k] != entry[k] for k in ("task", "model", "half", "rows"))]
-                args.out.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+                write(args.out, entry)
         print(json.dumps(entry, indent=1), flush=True)
 
 
-def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterator[dict[str, object]]:
+def write(out: Path, entry: dict[str, Any]) -> None:
+    """Put an entry into the output file; what an earlier run found there and this one did not make stays."""
+    entries = json.loads(out.read_text()) if out.exists() else []
+    same = [e for e in entries if all(e[k] == entry[k] for k in ("task", "model", "half", "rows"))]
+    for old in same:
+        runs = [{**r, "scores": [s for s in r["scores"] if s not in entry["scores"]]} for r in old["runs"]]
+        cost = {k: v for k, v in old["cost"].items() if f"{k}: confidence" not in entry["scores"]}
+        entry = {**entry, "scores": old["scores"] | entry["scores"], "cost": cost | entry["cost"],
+                 "runs": [*(r for r in runs if r["scores"]), *entry["runs"]]}  # fmt: skip
+    out.write_text(json.dumps([*(e for e in entries if e not in same), entry], indent=1) + "\n")
+
+
+def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterator[dict[str, Any]]:
     """All estimators and baselines on the rows of a task: what is known after each."""
     rows = Dataset.from_json(str(DATA / f"{task.partition('_')[0]}.jsonl"))
     rows = rows.filter(lambda r: r["half"] == args.half)
@@ -192,8 +204,10 @@ def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterato
         "scores": scores,
         "cost": cost,
     }
-    scores["target length, shorter is better"] = measure([-len(t) for t in targets], good)
-    scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder.engine), good)
+    if "baselines" in args.forms:
+        scores["target length, shorter is better"] = measure([-len(t) for t in targets], good)
+        scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder.engine), good)
+        yield known
     for name, estimator in estimators(args).items():
         before, started = dict(recorder.tokens), time.perf_counter()
         scored = Clear(engine=recorder, confidence=estimator).score(rows[:])

@@ -43,19 +43,23 @@ def test_the_papers_form_takes_answers_behind_their_explanations_and_counts_equa
     engine = Scripted(
         answers=(
             ("Check step by step", "It may be."),
+            ("Are you really sure", "It is so."),
             ("Where does it rise?", "Snow melts. Answer: The Alps."),
-        )
+        ),
+        yes=("It is so.",),
     )
     settings = BSDetector(alpha=0.8, beta=0.7, similarity=Jaccard(), samples="reasoned", reflection="reasoned")
     found = settings([RHINE, example("Where does it rise?", "the North Sea")], engine)
     np.testing.assert_allclose(found.consistency, [1.0, 0.0], atol=1e-6)
-    np.testing.assert_allclose(found.reflection, [0.2 + 0.4 / 2] * 2, atol=1e-6)  # P(correct) + P(not sure) / 2
-    np.testing.assert_allclose(found.confidence, [0.7 + 0.3 * 0.4, 0.3 * 0.4], atol=1e-6)
+    # P(correct) + P(not sure) / 2, after the first explanation and after the second
+    reflection = (0.2 + 0.4 / 2 + 0.9 + 0.05 / 2) / 2
+    np.testing.assert_allclose(found.reflection, [reflection] * 2, atol=1e-6)
+    np.testing.assert_allclose(found.confidence, [0.7 + 0.3 * reflection, 0.3 * reflection], atol=1e-6)
 
 
 def test_paper_is_the_papers_configuration():
     paper = BSDetector.paper()
-    assert (paper.k, paper.temperature, paper.alpha, paper.beta, paper.rounds) == (5, 1.0, 0.8, 0.7, 2)
+    assert (paper.k, paper.temperature, paper.alpha, paper.beta) == (5, 1.0, 0.8, 0.7)
     assert (paper.samples, paper.reflection) == ("reasoned", "reasoned")
     assert paper.similarity == NLI("microsoft/deberta-large-mnli")
 
@@ -131,6 +135,12 @@ def test_what_has_no_weight_is_not_asked_for(settings, asked):
     assert [tuple(map(sum, zip(*COUNTED, strict=True)))] == [asked]
     assert found.errors == [""]
     assert 0 <= found.confidence[0] <= 1
+
+
+def test_the_papers_form_asks_in_three_batches():
+    COUNTED.clear()
+    BSDetector(samples="reasoned", reflection="reasoned")([RHINE, RHINE], Counting())
+    assert COUNTED == [(2, 0, 0), (4, 0, 0), (0, 4, 0)]  # samples; two explanations a row; two verdicts a row
 
 
 @dataclass(frozen=True)

@@ -27,3 +27,9 @@ def test_the_table_of_the_readme_is_that_of_the_results(entry):
     lines = (ROOT / "README.md").read_text().splitlines()
     line = next((x for x in lines if f"**{score}** ({low} to {high})" in x), "")
     assert [cell for cell in map(str.strip, line.split("|")) if cell in shown] == shown, f"{score}: {line or 'no line'}"
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['task']}-{e['model'].split('-')[2]}-{e['rows']}")
+def test_every_result_names_the_one_run_that_made_it(entry):
+    assert sorted(name for run in entry["runs"] for name in run["scores"]) == sorted(entry["scores"])
+    assert all(run["command"] and run["machine"] and run["date"] for run in entry["runs"])
