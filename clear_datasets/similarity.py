@@ -111,7 +111,7 @@ class NLI:
                 f"{self.model} has the labels {', '.join(names)}; NLI needs one named contradiction: "
                 "give a checkpoint trained on MNLI, or set id2label in its config"
             )
-        unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))}, key=lambda p: len(p[0]) + len(p[1]))
+        unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))}, key=lambda p: (len(p[0]) + len(p[1]), p))
         agree: dict[tuple[str, str], float] = {}
         for start in range(0, len(unique), self.batch_size):
             part = unique[start : start + self.batch_size]
@@ -139,7 +139,7 @@ class Embedding:
     def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
         """See `Similarity`."""
         encoder = _encoder(self.model, self.revision, self.device, "AutoModel")
-        unique = sorted({text for pair in pairs for text in pair}, key=len)
+        unique = sorted({text for pair in pairs for text in pair}, key=lambda t: (len(t), t))
         vectors: dict[str, Any] = {}
         for start in range(0, len(unique), self.batch_size):
             part = unique[start : start + self.batch_size]

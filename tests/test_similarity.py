@@ -53,7 +53,7 @@ def classifier(tmp_path_factory):
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz."]
         vocabulary += ["##" + c for c in "abcdefghijklmnopqrstuvwxyz"]
         (folder / "vocab.txt").write_text("\n".join(vocabulary))
-        BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
+        BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=32).save_pretrained(folder)
         torch.manual_seed(0)
         config = BertConfig(
             vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

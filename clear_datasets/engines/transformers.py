@@ -157,10 +157,20 @@ def _together(waiting: list[Writing], last: bool) -> list[Writing]:
 
     A step is almost as slow for one sample as for many, and each window has a few long ones.
     """
+    import torch
+
     left = [w for w in waiting if w.draws]
     if not left:
         return []
-    joined = Writing.join(left) if len(left) > 1 else left[0]
+    try:
+        joined = Writing.join(left) if len(left) > 1 else left[0]
+    except torch.OutOfMemoryError:
+        joined = None
+    if joined is None:
+        torch.cuda.empty_cache()
+        for writing in left:
+            _finish(writing, 0)
+        return []
     _finish(joined, 0 if last else len(joined.draws) // _REST)
     return [joined]
 
@@ -171,10 +181,11 @@ def _finish(writing: Writing, until: int) -> None:
     try:
         with torch.inference_mode():
             writing.write(until)
+            return
     except torch.OutOfMemoryError:
         if len(writing.draws) < 2:
             raise
-        torch.cuda.empty_cache()
-        for half in writing.halves():
-            _finish(half, 0)
-        writing.draws = []
+    torch.cuda.empty_cache()  # not in the handler: what it handles still holds the memory
+    for half in writing.halves():
+        _finish(half, 0)
+    writing.draws = []

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clear_datasets.engines import Asks, PromptError
 from clear_datasets.engines.checkpoint import load
+from clear_datasets.engines.decoding import State
 from clear_datasets.engines.transformers import Transformers
 from tests.conftest import TEMPLATE, make_tiny
 
@@ -186,6 +187,21 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, user, monkeypatch,
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
         engine.answer(asks)
+
+
+def test_samples_of_several_windows_that_do_not_fit_the_memory_together(tiny, user, monkeypatch):
+    engine = Transformers(tiny, dtype="float32", batch_tokens=60)
+    prompts = [user(t) for t in TEXTS]
+    wanted = engine.generate(prompts, n=30, temperature=1.0, max_tokens=8)
+    joins = []
+
+    def full(states):
+        joins.append(len(states))
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(State, "join", full)
+    assert engine.generate(prompts, n=30, temperature=1.0, max_tokens=8) == wanted
+    assert joins
 
 
 def test_prompts_that_are_too_long_are_named_with_length_and_limit(tiny, user):
