@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,7 +92,7 @@ def score(
     from clear_datasets import BSDetector, Clear
 
     with _clear_errors(2):
-        check_out(out)
+        check_out(out, src)
     with _clear_errors():
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
@@ -131,7 +132,7 @@ def curate(
 
     audit = out.with_name(out.name + ".audit.parquet")
     with _clear_errors(2):
-        check_out(out)
+        check_out(out, src)
     with _clear_errors():
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
@@ -151,6 +152,7 @@ def _format(rows: Dataset, prompt: str | None, response: str | None, input: str 
             system: str | None) -> Format | None:  # fmt: skip
     """The format of named columns; those that are not named are inferred, all of them where none is."""
     from clear_datasets import Columns, infer
+    from clear_datasets.formats import typical
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
     given: dict[str, Any] = {name: column for name, column in named.items() if column}
@@ -161,7 +163,7 @@ def _format(rows: Dataset, prompt: str | None, response: str | None, input: str 
         return None
     if prompt and response:
         return Columns(**given)
-    form = infer(rows.features)
+    form = infer(typical(rows[:1000]))
     if not isinstance(form, Columns):
         raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
     return replace(form, **given)
@@ -207,7 +209,7 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from clear_datasets.formats import infer
+    from clear_datasets.formats import infer, typical
 
     confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)
@@ -223,7 +225,7 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
         bar = "█" * round(30 * count / max(counts.max(), 1))
         table.add_row(f"confidence {i / 10:.1f} to {(i + 1) / 10:.1f}", f"{bar} {count}")
     _console.print(table)
-    form = clear.format or infer(ds.features)
+    form = clear.format or infer(typical(ds[:1000]))
     least = Table("row", "confidence", "prompt ends", "target", title="least confident", title_justify="left")
     for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
         example = form.read(ds[int(i)])
@@ -232,9 +234,8 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
             str(i), f"{confidence[i]:.3f}", escape(_short(prompt, last=True)), escape(_short(example.response))
         )
     _console.print(least)
-    errors = [e for e in ds["clear_error"][:] if e]
-    for error in sorted(set(errors), key=errors.count, reverse=True)[:5]:
-        _console.print(f"failed, {errors.count(error)} rows: {escape(_short(error, 200))}")
+    for error, count in Counter(e for e in ds["clear_error"][:] if e).most_common(5):
+        _console.print(f"failed, {count} rows: {escape(_short(error, 200))}")
     _console.print(f"wrote {escape(str(out))}")
     if not scored.any():
         _fail("no row could be scored", 3)

@@ -47,9 +47,10 @@ class BSDetector:
 
     *Direct*, the default: `k` samples without explanation; ``consistency = alpha * s + (1 - alpha) * r``. There s is
     the mean similarity of the response to the samples, and r tells how much likelier the whole prompt makes the
-    response than a part of it: ``r = logistic((log p(response | prompt) - log p(response | part)) / 3)``, the smaller
-    one of two parts, without the last and without the first paragraph. r is for the share of samples that equal the
-    response, which p estimates without sampling; the division takes out what the passage alone makes likely.
+    response than what is left of it without its question: ``r = logistic((log p(response | prompt) -
+    log p(response | rest)) / 3)``. Where no label names the question it may be the first paragraph or the last, and the
+    smaller one of two gains counts (`prompts.incomplete`). r is for the share of samples that equal the response, which
+    p estimates without sampling; the difference takes out what the passage alone makes likely.
     Reflection is the probability of "Yes" when the model is asked whether the response is correct, the mean over both
     orders of the labels. All of it but the samples is one forward pass.
 
@@ -57,7 +58,8 @@ class BSDetector:
     reflection, with the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal
     the response. Verdicts are probabilities of their letters, where the paper samples one letter.
 
-    A part whose weight is 0 is not asked for: ``alpha=0`` does without samples, ``beta=1`` without reflection.
+    A part whose weight is 0 is not asked for: ``alpha=0`` does without samples, ``beta=1`` without reflection. Models
+    of 0.5B parameters cannot judge, and lose by reflection: .003 of AUROC on SQuAD, .016 with the passage last.
 
     The default was chosen on rows that are not reported on (docs/log.md). On others, with 0.5B parameters on
     two cores, it has an AUROC of .930 on SQuAD rows with another question's answer and .955 with a wrong sentence, at
@@ -74,7 +76,8 @@ class BSDetector:
         samples: Form of the samples, "direct" or "reasoned".
         reflection: Form of the reflection, "direct" or "reasoned".
         max_tokens: After which a sample or an explanation is cut off; a direct sample sooner, at 32 tokens more than
-            the response has bytes. No response has more tokens than bytes: what runs on so far is another answer.
+            the response has bytes. No response has more tokens than bytes: what runs on so far is another answer. A
+            reasoned sample that says no answer, be it for its length, is compared as it stands.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -101,8 +104,11 @@ class BSDetector:
         for name in ("alpha", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, a weight; expected a number from 0 to 1")
-        if self.k < 1 or self.max_tokens < 1:
-            raise ValueError(f"k={self.k}, max_tokens={self.max_tokens}; expected at least 1 of each")
+        if self.k < 1 or self.max_tokens < 1 or self.temperature < 0:
+            raise ValueError(
+                f"k={self.k}, max_tokens={self.max_tokens}, temperature={self.temperature}; "
+                "expected at least 1, 1 and 0"
+            )
         for name in ("samples", "reflection"):
             if getattr(self, name) not in ("direct", "reasoned"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'direct' or 'reasoned'")
@@ -143,10 +149,12 @@ class BSDetector:
         reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
         parts = [(self.beta, consistency), (1 - self.beta, reflection)]  # a part without weight is not asked for
         total = sum((np.float32(w) * part for w, part in parts if w), np.zeros(len(examples), dtype=np.float32))
-        for i in np.flatnonzero(np.isnan(total)):
+        for i in np.flatnonzero(np.isnan(total)).tolist():
             run.errors[i] = run.errors[i] or (
                 "the model answers the reflection question with none of its labels: BSDetector(beta=1) does without it"
                 if self.beta < 1 and np.isnan(reflection[i])
+                else "the model's probabilities are not numbers: try dtype='float32'"
+                if i in first and any(np.isnan(x).any() for x in first[i].read)
                 else "the similarity cannot compare the response with the model's own answers"
             )
         return Confidence(total, consistency, reflection, run.errors)

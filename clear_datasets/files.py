@@ -1,17 +1,21 @@
-"""Datasets from and to files, chosen by their endings."""
+"""Datasets from and to files, chosen by their endings. What goes in comes out as it was."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}  # "None" and "N/A" are answers
 
 
 def load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
@@ -19,23 +23,20 @@ def load(src: str, split: str | None, config: str | None, revision: str | None, 
 
     Raises:
         FileNotFoundError: No file matches.
-        ValueError: There is a choice of splits, files of several kinds, or no row.
+        ValueError: There is a choice of splits, files of several kinds, no row, or an option that SRC does not have.
     """
     import datasets
 
     path = Path(src)
     if path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
         raise ValueError(f"{src} is a folder without a saved dataset: give its files, as in '{src}/*.parquet'")
+    local = path.exists() or path.suffix in LOADERS or any(c in src for c in "*?[")
+    if local and (config or revision):
+        raise ValueError(f"--config and --revision are of Hub datasets; {src} is none")
     if path.is_dir():
         loaded = datasets.load_from_disk(src)
-    elif path.suffix in LOADERS or any(c in src for c in "*?["):
-        files = sorted(glob(src, recursive=True))
-        kinds = {Path(f).suffix for f in files}
-        if not files:
-            raise FileNotFoundError(f"no file matches {src}")
-        if len(kinds) > 1 or not kinds <= set(LOADERS):
-            raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
-        loaded = datasets.load_dataset(LOADERS[kinds.pop()], data_files=files, split="train")
+    elif local:
+        loaded = _load_files(src)
     else:
         loaded = datasets.load_dataset(src, config, revision=revision)
     if isinstance(loaded, dict):
@@ -44,25 +45,74 @@ def load(src: str, split: str | None, config: str | None, revision: str | None, 
         if split is not None and split not in loaded:
             raise ValueError(f"{src} has no split {split!r}; it has {', '.join(loaded)}")
         loaded = loaded[split or next(iter(loaded))]
+    elif split:
+        raise ValueError(f"{src} has no splits: leave --split out")
     if not len(loaded):
         raise ValueError(f"{src} has no rows")
     taken: Dataset = loaded.select(range(min(limit or len(loaded), len(loaded))))
     return taken
 
 
-def check_out(out: Path) -> None:
+def _load_files(src: str) -> Dataset:
+    import datasets
+
+    files = [src] if Path(src).is_file() else sorted(glob(src, recursive=True))
+    kinds = {Path(f).suffix for f in files}
+    if not files:
+        raise FileNotFoundError(f"no file matches {src}")
+    if len(kinds) > 1 or not kinds <= set(LOADERS):
+        raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
+    kind = LOADERS[kinds.pop()]
+    loaded: Dataset = datasets.load_dataset(kind, data_files=files, split="train", **_OPTIONS.get(kind, {}))
+    if kind == "json" and (texts := _texts(loaded.features)) != loaded.features:
+        known = [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]  # into the name of the cache
+        loaded = datasets.Dataset.from_generator(
+            _json_rows, features=datasets.Features(texts), gen_kwargs={"files": known, "names": [list(texts)]}
+        )
+    return loaded
+
+
+def _texts(feature: Any) -> Any:
+    """A feature with texts in place of times: JSON has none, but the loader takes texts like dates for them."""
+    from datasets import Value
+
+    if isinstance(feature, Value):
+        return Value("string") if feature.dtype.startswith(("timestamp", "date", "time")) else feature
+    if isinstance(feature, Mapping):
+        return {name: _texts(inner) for name, inner in feature.items()}
+    return type(feature)(_texts(feature.feature)) if hasattr(feature, "feature") else feature
+
+
+def _json_rows(files: Sequence[tuple[str, int, int]], names: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
+    for file, *_ in files:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        rows = (
+            json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.split("\n")))
+        )
+        for row in rows:
+            yield {name: row.get(name) for name in names[0]}
+
+
+def check_out(out: Path, src: str) -> None:
     """Refuse what `write` could not write or should not replace, before anything is paid for.
 
     Raises:
-        ValueError: The ending is unknown, or the folder holds more than a dataset.
+        ValueError: The ending is unknown, a folder stands for a file or a file for a folder, the folder holds other
+            things than a dataset, or OUT is SRC.
     """
     if out.suffix and out.suffix not in LOADERS:
         raise ValueError(
             f"cannot write {out.suffix} files: end OUT in {', '.join(LOADERS)}, or give a folder without an ending"
         )
+    if not out.exists():
+        return
+    if Path(src).exists() and out.samefile(src):
+        raise ValueError(f"OUT is SRC, {out}: give another OUT, the source stays as it is")
+    if out.is_dir() == bool(out.suffix):
+        raise ValueError(f"{out} is a {'folder' if out.is_dir() else 'file'} already: give another OUT")
     if out.is_dir():
         names = {f.name for f in out.iterdir() if f.suffix != ".arrow"}
-        if names - {"dataset_info.json", "state.json"}:
+        if names - {"dataset_info.json", "state.json"} or ("dataset_info.json" not in names and any(out.iterdir())):
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
 
 
@@ -72,9 +122,7 @@ def write(ds: Dataset, out: Path) -> None:
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if out.suffix in (".jsonl", ".json"):
-            # A JSON array is written in one piece, or not at all.
-            size = max(len(ds), 1) if out.suffix == ".json" else None
-            ds.to_json(part, lines=out.suffix == ".jsonl", batch_size=size, force_ascii=False)
+            _write_json(ds, part, array=out.suffix == ".json")
         elif out.suffix == ".csv":
             ds.to_csv(part, index=False)
         elif out.suffix == ".parquet":
@@ -88,3 +136,22 @@ def write(ds: Dataset, out: Path) -> None:
         if part.is_dir():
             shutil.rmtree(part)
         part.unlink(missing_ok=True)
+
+
+def _write_json(ds: Dataset, file: Path, array: bool) -> None:
+    """As `Dataset.to_json` does, which goes through pandas: that rounds numbers, and makes 1.0 of 1 beside null."""
+    with file.open("w", encoding="utf-8") as f:
+        f.write("[\n" if array else "")
+        for i, row in enumerate(ds.with_format(None)):
+            values = {
+                n: None if isinstance(v, float) and math.isnan(v) else v for n, v in row.items()
+            }  # JSON has no nan
+            f.write(",\n" if array and i else "")
+            f.write(json.dumps(values, ensure_ascii=False, default=_plain) + ("" if array else "\n"))
+        f.write("\n]\n" if array else "")
+
+
+def _plain(value: Any) -> str:
+    if not hasattr(value, "isoformat"):
+        raise TypeError(f"JSON has no {type(value).__name__}: end OUT in .parquet")
+    return str(value.isoformat())

@@ -97,8 +97,8 @@ class Columns:
 
 
 _ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 
 
@@ -152,7 +152,9 @@ class Chat:
 
     def _turns(self, row: Row) -> Sequence[Mapping[str, Any]]:
         value = row.get(self.column)
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and all(isinstance(v, list) for v in value.values()):
+            if len(sizes := {len(v) for v in value.values()}) > 1:
+                raise FormatError(f"column {self.column!r} has lists of {sorted(sizes)} turns; expected one length")
             value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
         if not isinstance(value, list) or not all(isinstance(t, Mapping) for t in value):
             raise FormatError(f"column {self.column!r} holds {_kind(value)}; expected a list of turns")
@@ -170,7 +172,7 @@ class Chat:
             return "user"
         if name == self.assistant:
             return "assistant"
-        if name not in _ROLES:
+        if not isinstance(name, str) or name not in _ROLES:
             raise FormatError(
                 f"column {self.column!r} has a turn whose {self.role!r} is {name!r}; known are {', '.join(_ROLES)}: "
                 "name yours with Chat(..., role=, content=, user=, assistant=)"
@@ -217,6 +219,14 @@ def infer(columns: Mapping[str, Any]) -> Format:
     )
 
 
+def typical(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """A row of the first value of each column that is not empty, for `infer`: an empty chat does not show its keys."""
+    return {
+        name: next((v for v in values if v is not None and v != []), values[0] if len(values) else None)
+        for name, values in columns.items()
+    }
+
+
 def _keys(turns: Any) -> set[str]:
     """The keys of the turns of a chat, from a feature (a List of a struct) or a value (a list of dicts)."""
     inner = getattr(turns, "feature", turns)
@@ -226,11 +236,14 @@ def _keys(turns: Any) -> set[str]:
 
 
 def _message(message: Any, column: str) -> dict[str, str]:
-    if not isinstance(message, Mapping) or message.get("role") not in ("system", "user", "assistant"):
+    if not isinstance(message, Mapping) or "role" not in message:
         raise FormatError(
             f"column {column!r} holds {_kind(message)} in its list; expected messages with role and content"
         )
-    return {"role": message["role"], "content": _string(message.get("content"), f"a message of {column!r}", True)}
+    role = "system" if message["role"] == "developer" else message["role"]
+    if role not in ("system", "user", "assistant"):
+        raise FormatError(f"column {column!r} has a message whose role is {role!r}; known are system, user, assistant")
+    return {"role": role, "content": _string(message.get("content"), f"a message of {column!r}", True)}
 
 
 def _text(row: Row, column: str, empty: bool = False) -> str:
@@ -246,8 +259,10 @@ def _string(value: Any, where: str, empty: bool = False) -> str:
         raise FormatError(f"{where} holds {_kind(value)}; expected text")
     if not empty and not value.strip():
         raise FormatError(f"{where} is empty")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise FormatError(f"{where} holds half a surrogate pair, which no tokenizer takes")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"{where} holds half a surrogate pair, which no tokenizer takes") from None
     return value
 
 

@@ -6,6 +6,7 @@ varies stands at the end. Texts of the data stand between other texts and are ne
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from clear_datasets.engines import Messages
@@ -48,9 +49,10 @@ def answer_of(text: str, form: Form) -> str:
 
 
 def incomplete(prompt: Messages) -> list[Messages]:
-    r"""The prompt without its last paragraph, and without its first: one of the two lacks the question.
+    r"""The prompt without its question, and the question alone, where there is anything beside it.
 
-    The question stands last behind a passage, and first where an instruction is followed by its input.
+    The question is the paragraph that a label names ("Question:", "### Instruction:"), else the first or last one that
+    ends with a question mark, else the shorter of these two: passages and inputs are long.
 
     Example:
         >>> [p[0]["content"] for p in incomplete([{"role": "user", "content": "A passage.\n\nWho wrote it?"}])]
@@ -59,9 +61,37 @@ def incomplete(prompt: Messages) -> list[Messages]:
         [[{'role': 'user', 'content': ''}]]
     """
     *turns, last = prompt
-    text = last["content"].strip()
-    rests = dict.fromkeys((text.rpartition("\n\n")[0], text.partition("\n\n")[2]))
-    return [[*turns, {**last, "content": rest}] for rest in rests]
+    units = _units(last["content"].strip())
+    named = [i for i, unit in enumerate(units) if _ASKS.match(unit)]
+    ends = sorted((0, len(units) - 1), key=lambda i: (not units[i].endswith("?"), len(units[i]), -i))
+    asks = named[-1] if named else ends[0]
+    rest = "\n\n".join(units[:asks] + units[asks + 1 :])
+    texts = [rest, units[asks]] if rest and not named else [rest]
+    return [[*turns, {**last, "content": text}] for text in texts]
+
+
+_ASKS = re.compile(r"[#*\s]*(question|query|instruction|task|problem)s?\b[^:\n]{0,20}:", re.I)
+_LABEL = re.compile(
+    r"^(?=[#*]*\s*(?:question|query|instruction|task|problem|context|passage|document|article|text|background|input|"
+    r"options|answer|response|output)s?\b[^:\n]{0,20}:)",
+    re.I | re.M,
+)
+_CUE = re.compile(r"\W*\w+(?:\W+\w+){0,4}\W*:\W*")  # "### Response:", "Answer:"
+
+
+def _units(text: str) -> list[str]:
+    """The labelled sections of a prompt where it has several, else its paragraphs; a heading stays with its text."""
+    sections = _LABEL.split(text)
+    split = sections if sum(bool(_LABEL.match(s)) and not _CUE.fullmatch(s) for s in sections) > 1 else None
+    units: list[str] = []
+    for unit in filter(None, map(str.strip, split or re.split(r"\n\s*\n", text))):
+        if units and _CUE.fullmatch(units[-1]):
+            units[-1] += "\n" + unit
+        else:
+            units.append(unit)
+    if len(units) > 1 and _CUE.fullmatch(units[-1]):
+        units[-2:] = ["\n".join(units[-2:])]
+    return units or [""]
 
 
 def reflect(prompt: Messages, response: str) -> list[Messages]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,13 +37,17 @@ def words(text: str) -> list[str]:
         >>> words("The answer: 1,200 (approx.)"), words("A."), words("-5")
         (['answer', '1200', 'approx'], ['a'], ['-5'])
     """
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", unicodedata.normalize("NFC", text).lower())
     every = _WORD.findall(text) or text.split()
     return [w for w in every if w not in ("a", "an", "the")] or every
 
 
+_MARKS = "".join(
+    c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M"
+)  # vowels of Hindi, Thai
 _WORD = re.compile(
-    r"(?<!\w)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d\u3040-\u30ff\u3400-\u9fff]\w*"
+    r"(?<!\w)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]"
+    rf"|[^\W\d\u3040-\u30ff\u3400-\u9fff][\w{_MARKS}]*"
 )
 
 
@@ -86,6 +92,8 @@ class LLM:
 class NLI:
     """One minus the probability that two texts contradict each other, the mean of both orders (BSDetector, s_i).
 
+    Texts that are longer than the encoder takes (512 tokens a pair, mostly) are compared by their beginnings.
+
     Args:
         model: A sequence-classification checkpoint with a label "contradiction": Hub id or local folder.
         revision: Branch, tag or commit of a Hub model.
@@ -124,6 +132,8 @@ class NLI:
 class Embedding:
     """Cosine of two sentence embeddings (mean of the last hidden states), cut off at 0.
 
+    Texts that are longer than the encoder takes (512 tokens, mostly) are compared by their beginnings.
+
     Args:
         model: A sentence-embedding checkpoint: Hub id or local folder.
         revision: Branch, tag or commit of a Hub model.
@@ -150,6 +160,13 @@ class Embedding:
         return np.asarray([np.clip(vectors[a] @ vectors[b], 0, 1) for a, b in pairs], dtype=np.float32)
 
 
+def _encoder(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
+    from clear_datasets.engines.checkpoint import after_fork
+
+    after_fork()
+    return _loaded(model, revision, device, auto)
+
+
 class _Encoder:
     """An encoder model and its tokenizer, called on texts or pairs of texts."""
 
@@ -159,7 +176,6 @@ class _Encoder:
     def __call__(self, first: list[str], second: list[str] | None, mask: bool = False) -> Any:
         import torch
 
-        # Longer texts are compared by their beginnings: an encoder has no more positions.
         limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings - 2)
         batch = self.tokenizer(
             first, second, padding=True, truncation="longest_first", max_length=limit, return_tensors="pt"
@@ -170,7 +186,7 @@ class _Encoder:
 
 
 @lru_cache(maxsize=4)
-def _encoder(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
+def _loaded(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
     import transformers
 
     from clear_datasets.engines.checkpoint import best_device
@@ -178,3 +194,7 @@ def _encoder(model: str, revision: str | None, device: str | None, auto: str) ->
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
     loaded = getattr(transformers, auto).from_pretrained(model, revision=revision)
     return _Encoder(loaded.to(device or best_device()).eval(), tokenizer)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_loaded.cache_clear)  # memory of a GPU does not come along

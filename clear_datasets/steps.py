@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clear_datasets.confidence import BSDetector
 from clear_datasets.engines import Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
-from clear_datasets.formats import Example, Format, FormatError, infer
+from clear_datasets.formats import Example, Format, FormatError, infer, typical
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -53,12 +53,13 @@ class Clear:
     format: Format | None = field(default=None, kw_only=True)
     confidence: BSDetector = field(default_factory=BSDetector, kw_only=True)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)
-    stamp: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Into the pickled state, so that caches made by an older revision of the scores are not taken for this one's.
         object.__setattr__(self, "scores_revision", SCORES_REVISION)
-        object.__setattr__(self, "stamp", stamp(self.model))  # a model that was retrained in its place scores anew
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stamp": stamp(self.model)}  # a model that was retrained in its place scores anew
 
     def score(self, batch: Mapping[str, list[Any]], rank: int | None = None) -> dict[str, Any]:
         """A step for ``ds.map(clear.score, batched=True)``: how confident the model is that each target is right.
@@ -80,10 +81,11 @@ class Clear:
         """
         if rank is not None:
             use_rank(rank)
-        rows = _rows(batch)
-        examples, errors = self._read(rows)
+        examples, errors = self._read(_columns(batch))
         sound = [i for i, example in enumerate(examples) if example is not None]
-        scores: dict[str, npt.NDArray[np.float32]] = {c: np.full(len(rows), np.nan, dtype=np.float32) for c in _COLUMNS}
+        scores: dict[str, npt.NDArray[np.float32]] = {
+            c: np.full(len(errors), np.nan, dtype=np.float32) for c in _COLUMNS
+        }
         if sound:
             engine = self.engine or default_engine(self.model, self.revision)
             found = self.confidence([e for e in examples if e is not None], engine)
@@ -106,31 +108,52 @@ class Clear:
         """
         from datasets import Features, Value
 
+        if features is None:
+            raise ValueError(
+                "there are no features: this stream has no schema; give one, Features({...}), of its columns"
+            )
         return Features({**features, **{name: Value("float32") for name in _COLUMNS}, "clear_error": Value("string")})
 
-    def _read(self, rows: list[dict[str, Any]]) -> tuple[list[Example | None], list[str]]:
+    def _read(self, batch: dict[str, list[Any]]) -> tuple[list[Example | None], list[str]]:
+        size = len(next(iter(batch.values()), []))
+        form = (self.format or infer(typical(batch))) if size else None
         examples: list[Example | None] = []
-        errors = [""] * len(rows)
-        # An empty chat does not show its keys: infer from a row that is full, if there is one.
-        full = next((r for r in rows if all(v is not None and v != [] for v in r.values())), rows[0] if rows else {})
-        form = (self.format or infer(full)) if rows else None
-        for i, row in enumerate(rows):
+        errors = [""] * size
+        for i in range(size):
             assert form is not None
             try:
-                examples.append(form.read(row))
+                examples.append(form.read({name: values[i] for name, values in batch.items()}))
             except FormatError as error:
                 examples.append(None)
                 errors[i] = str(error)
         return examples, errors
 
 
-def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    columns = {name: batch[name] for name in batch}
-    for name, values in columns.items():
-        if isinstance(values, str) or not hasattr(values, "__len__"):
-            raise TypeError(f"column {name!r} holds one value, not a batch: use ds.map(clear.score, batched=True)")
-    lists = {
-        name: values.tolist() if isinstance(values, np.ndarray) else list(values) for name, values in columns.items()
-    }
-    size = len(next(iter(lists.values()), []))
-    return [{name: values[i] for name, values in lists.items()} for i in range(size)]
+def _columns(batch: Any) -> dict[str, list[Any]]:
+    """The columns of a batch as plain lists, whatever the format of the dataset."""
+    if hasattr(batch, "to_pydict"):  # with_format("arrow")
+        batch = batch.to_pydict()
+    elif hasattr(batch, "to_dict"):  # pandas and polars
+        batch = {name: batch[name].to_list() for name in batch.columns}
+    return {name: _plain(_checked(batch[name], name)) for name in batch}
+
+
+def _checked(values: Any, name: str) -> Any:
+    first = values[0] if not isinstance(values, str) and hasattr(values, "__len__") and len(values) else None
+    turn = isinstance(first, Mapping) and any(
+        isinstance(first.get(role), str) and isinstance(first.get(text), str)
+        for role, text in (("role", "content"), ("from", "value"))
+    )
+    if turn or isinstance(values, str) or not hasattr(values, "__len__"):
+        raise TypeError(f"column {name!r} holds one value, not a batch: use ds.map(clear.score, batched=True)")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # arrays of numpy, torch and jax
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return list(value) if value and isinstance(value[0], str | int | float) else [_plain(v) for v in value]
+    return value

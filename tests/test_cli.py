@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -70,6 +71,47 @@ def test_score_reads_and_writes_every_kind_of_file(tiny, tmp_path, ending):
     assert "clear_confidence" in lines(tmp_path / "again.jsonl")[0]
 
 
+TYPED = [
+    {
+        "question": "When?",
+        "answer": "2024-01-05",
+        "n": 1,
+        "x": 0.1234567890123456,
+        "at": "2024-01-05T10:00:00Z",
+        "tags": [],
+    },
+    {
+        "question": "Who?",
+        "answer": "1999-12-31",
+        "n": None,
+        "x": 1e-300,
+        "at": "2024-01-06T10:00:00Z",
+        "tags": ["é", "2"],
+    },
+]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_json_comes_out_as_it_went_in(tiny, tmp_path, ending):
+    source, out = tmp_path / f"in{ending}", tmp_path / f"out{ending}"
+    source.write_text(json.dumps(TYPED) if ending == ".json" else "\n".join(map(json.dumps, TYPED)))
+    done = run("score", source, "-o", out, "--model", tiny, "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text()) if ending == ".json" else lines(out)
+    assert [{k: r[k] for k in TYPED[0]} for r in found] == TYPED
+    assert [r["clear_error"] for r in found] == ["", ""]
+
+
+def test_csv_comes_out_as_it_went_in(tiny, tmp_path):
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("question,answer,note\nIs there any?,None,\nWhich one?,N/A,null\n")
+    done = run("score", source, "-o", out, "--model", tiny, "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    with out.open() as f:
+        found = list(csv.DictReader(f))
+    assert [(r["answer"], r["note"], r["clear_error"]) for r in found] == [("None", "", ""), ("N/A", "null", "")]
+
+
 def test_globs_and_splits(source, tiny, tmp_path):
     (tmp_path / "more.jsonl").write_text(json.dumps(ROWS[0]))
     done = run("score", tmp_path / "*.jsonl", "-o", tmp_path / "out.parquet", "--model", tiny, "--samples", "1")
@@ -103,6 +145,11 @@ def test_columns_can_be_named(tiny, tmp_path):
         ("train.txt", [], 1, "train.txt"),
         ("train.jsonl", ["-o", "out.xlsx"], 2, "cannot write .xlsx files"),
         ("train.jsonl", ["-o", "full"], 2, "other things in it"),
+        ("train.jsonl", ["-o", "arrows"], 2, "other things in it"),
+        ("train.jsonl", ["-o", "train.jsonl"], 2, "OUT is SRC"),
+        ("train.jsonl", ["-o", "plain"], 2, "plain is a file already"),
+        ("train.jsonl", ["--split", "test"], 1, "leave --split out"),
+        ("train.jsonl", ["--config", "en"], 1, "--config and --revision are of Hub datasets"),
         ("train.jsonl", ["--keep", "2"], 2, "keep"),
         ("empty.jsonl", [], 3, "no row could be scored"),
         ("empty.jsonl", ["--keep", "0.5"], 3, "no row could be scored"),
@@ -115,6 +162,9 @@ def test_wrong_input_ends_in_one_line_and_a_code(source, arguments, code, messag
     (tmp_path / "train.txt").write_text("text")
     (tmp_path / "broken.jsonl").write_text('{"question": "Where?"\n{')
     (tmp_path / "empty.jsonl").write_text(json.dumps({"question": "", "answer": "x"}))
+    (tmp_path / "plain").write_text("mine")
+    (tmp_path / "arrows").mkdir()
+    (tmp_path / "arrows" / "mine.arrow").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "dataset_info.json").write_text("{}")
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -125,6 +175,7 @@ def test_wrong_input_ends_in_one_line_and_a_code(source, arguments, code, messag
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "full" / "mine.txt").exists()
+    assert (tmp_path / "arrows" / "mine.arrow").exists()
 
 
 def test_a_model_that_is_not_there(source, tmp_path):

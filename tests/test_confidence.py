@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from clear_datasets import BSDetector, Example, Jaccard
+from clear_datasets.engines import Asks, PromptError
 from clear_datasets.similarity import NLI
 from tests.conftest import Scripted
 
@@ -144,6 +146,29 @@ def test_the_papers_form_asks_in_three_batches():
 
 
 @dataclass(frozen=True)
+class Dear(Scripted):
+    def generate(self, prompts, **settings):
+        raise AssertionError("paid for what the other questions refuse")
+
+
+def test_engines_refuse_before_they_write_and_the_reasons_come_through_processes():
+    asks = Asks(generate=[RHINE.prompt], choose=[example("x" * 20_000, "").prompt, RHINE.prompt], labels=["Yes", "No"])
+    with pytest.raises(PromptError, match="1 prompts cannot be answered; the first, number 1") as found:
+        Dear().answer(asks)
+    assert pickle.loads(pickle.dumps(found.value)).reasons == found.value.reasons
+
+
+@dataclass(frozen=True)
+class Overflowing(Scripted):
+    def logprobs(self, prompts, responses):
+        return [np.full(3, np.nan, dtype=np.float32)] * len(prompts)
+
+
+def test_probabilities_that_are_not_numbers_are_not_blamed_on_the_similarity():
+    assert "dtype='float32'" in BSDetector()([RHINE], Overflowing()).errors[0]
+
+
+@dataclass(frozen=True)
 class Rambling(Scripted):
     """Says one letter, which is a token, up to the limit."""
 
@@ -175,7 +200,12 @@ def test_nothing_in_nothing_out():
 
 @pytest.mark.parametrize(
     "settings, match",
-    [({"alpha": 2}, "alpha is 2"), ({"k": 0}, "k=0"), ({"samples": "long"}, "samples is 'long'; expected 'direct' or")],
+    [
+        ({"alpha": 2}, "alpha is 2"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"k": 0}, "k=0"),
+        ({"samples": "long"}, "samples is 'long'; expected 'direct' or"),
+    ],
 )
 def test_settings_are_checked(settings, match):
     with pytest.raises(ValueError, match=match):

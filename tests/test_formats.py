@@ -49,6 +49,11 @@ READABLE = [
         ["Be brief.", "2 + 2?"], "5", {"completion": [{"role": "assistant", "content": "4"}]},
     ),
     (
+        Chat("messages"), {"messages": [{"role": "developer", "content": "Be brief."}, USER, FIVE]},
+        ["Be brief.", "2 + 2?"], "5",
+        {"messages": [{"role": "developer", "content": "Be brief."}, USER, {"role": "assistant", "content": "4"}]},
+    ),
+    (
         Chat("messages"), {"messages": [SYSTEM, USER, FIVE]},
         ["Be brief.", "2 + 2?"], "5", {"messages": [SYSTEM, USER, {"role": "assistant", "content": "4"}]},
     ),
@@ -101,6 +106,10 @@ UNREADABLE = [
     (Chat(), {"messages": [USER]}, "has 1 turns and none of the assistant"),
     (Chat(), {"messages": []}, "has 0 turns"),
     (Chat(), {"messages": None}, "holds nothing; expected a list of turns"),
+    (Chat(), {"messages": {"role": None, "content": None}}, "holds a dict; expected a list"),
+    (Chat(), {"messages": {"role": ["user"], "content": ["x", "y"]}}, r"lists of \[1, 2\] turns"),
+    (Chat(), {"messages": [USER, {"role": ["gpt"], "content": "5"}]}, "whose 'role' is"),
+    (Columns(), {"prompt": [{"role": "tool", "content": "4"}], "response": "x"}, "whose role is 'tool'"),
     (Chat(), {"messages": [FIVE]}, "no text before the last assistant turn"),
     (Chat(), {"messages": [USER, {**FIVE, "content": ""}]}, "the last assistant turn of 'messages' is empty"),
     (Chat(), {"messages": [USER, {"role": "tool", "content": "4"}, FIVE]}, "whose 'role' is 'tool'"),

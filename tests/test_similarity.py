@@ -32,6 +32,9 @@ PAIRS = [("the Alps", "In the Alps."), ("Rhine", "Rhine"), ("Rhine", "Main"), ("
         ("A", "B", 0.0),
         ("-5", "5", 0.0),
         ("1990-1995", "1990", 0.5),
+        ("की", "का", 0.0),
+        ("หมา", "หมี", 0.0),
+        ("cafe\u0301", "café", 1.0),
     ],
 )
 def test_jaccard_compares_words(a, b, score):

@@ -69,6 +69,26 @@ def test_without_batched_the_error_says_so():
         Dataset.from_dict(ROWS).map(CLEAR.score)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_batched_a_chat_says_so_too(stream):
+    chat = Dataset.from_dict({"messages": [[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]]})
+    with pytest.raises(TypeError, match="batched=True"):
+        list((chat.to_iterable_dataset() if stream else chat).map(CLEAR.score))
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "torch", "arrow", "pandas"])
+def test_every_format_of_a_dataset_gives_the_same_scores(kind):
+    turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]
+    sources = (
+        {**ROWS, "tags": [["a"], [], ["b", "c"], []]},
+        {"messages": [turns, [], [{"role": "system", "content": "Hm."}, *turns]], "vector": [[1.0], [2.0], [3.0, 4.0]]},
+    )
+    for source in sources:
+        ds = Dataset.from_dict(source)
+        scored = ds.with_format(kind).map(CLEAR.score, batched=True, batch_size=2).with_format(None)
+        assert str(scored[:]) == str(ds.map(CLEAR.score, batched=True)[:])
+
+
 def hash_elsewhere(code: str) -> str:
     program = (
         f"from clear_datasets import *\nfrom datasets.fingerprint import Hasher\nprint(Hasher.hash(({code}).score))"
@@ -90,9 +110,10 @@ def test_equal_settings_hash_equal_across_processes_and_others_do_not(tiny):
 
 def test_a_model_retrained_in_its_place_changes_the_hash(tmp_path):
     make_tiny(tmp_path)
-    before = Hasher.hash(Clear(str(tmp_path)).score), Transformers(str(tmp_path))
+    kept = Clear(str(tmp_path))
+    before = Hasher.hash(kept.score), Transformers(str(tmp_path))
     make_tiny(tmp_path, hidden_size=64)
-    assert Hasher.hash(Clear(str(tmp_path)).score) != before[0]
+    assert Hasher.hash(Clear(str(tmp_path)).score) == Hasher.hash(kept.score) != before[0]
     assert Transformers(str(tmp_path)) != before[1]
 
 
@@ -100,6 +121,12 @@ def test_an_empty_first_chat_does_not_hide_the_keys_of_the_others():
     chats = [[], [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]]
     scored = Dataset.from_dict({"conversations": chats}).map(CLEAR.score, batched=True)
     assert scored["clear_error"][:] == ["column 'conversations' has 0 turns and none of the assistant", ""]
+
+
+def test_columns_that_are_always_empty_do_not_hide_them_either():
+    chats = [[], [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]]
+    ds = Dataset.from_dict({"conversations": chats, "tools": [None, None]})
+    assert [bool(e) for e in ds.map(CLEAR.score, batched=True)["clear_error"][:]] == [True, False]
 
 
 def test_a_raised_revision_of_the_scores_changes_the_hash(monkeypatch):

@@ -25,6 +25,9 @@ class PromptError(ValueError):
         first = min(reasons)
         super().__init__(f"{len(reasons)} prompts cannot be answered; the first, number {first}: {reasons[first]}")
 
+    def __reduce__(self) -> tuple[type[PromptError], tuple[dict[int, str]]]:
+        return PromptError, (self.reasons,)  # by its reasons, not its text, from one process to another
+
 
 @dataclass(frozen=True)
 class Asks:
@@ -127,18 +130,16 @@ class Engine(Protocol):
         Raises:
             PromptError: Some prompts cannot be answered; positions count through all lists of `asks` in their order.
         """
-        done, before = Answers([], np.empty((0, len(asks.labels)), dtype=np.float32), []), 0
-        try:
-            done.generated = self.generate(
-                asks.generate, n=asks.n, temperature=asks.temperature, max_tokens=asks.max_tokens
-            )
-            before += len(asks.generate)
-            done.chosen = self.choose(asks.choose, asks.labels)
+        before = len(asks.generate)
+        try:  # the dear part comes last: what is refused is refused before it
+            chosen = self.choose(asks.choose, asks.labels)
             before += len(asks.choose)
-            done.read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read])
+            read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read])
+            before = 0
+            generated = self.generate(asks.generate, n=asks.n, temperature=asks.temperature, max_tokens=asks.max_tokens)
         except PromptError as error:
             raise PromptError({before + i: reason for i, reason in error.reasons.items()}) from None
-        return done
+        return Answers(generated, chosen, read)
 
 
 def default_engine(model: str, revision: str | None = None) -> Engine:

@@ -101,12 +101,17 @@ def render(tokenizer: Any, messages: Messages) -> str:
     return text
 
 
-def load(config: Transformers) -> Checkpoint:
-    """The checkpoint of an engine's configuration, loaded at the first call in this process."""
+def after_fork() -> None:
+    """Make torch usable in a process that was forked from one with torch."""
     if _PARENT_HAD_TORCH:
         import torch
 
         torch.set_num_threads(1)  # the parent's OpenMP threads did not come along, and would be waited for for ever
+
+
+def load(config: Transformers) -> Checkpoint:
+    """The checkpoint of an engine's configuration, loaded at the first call in this process."""
+    after_fork()
     if config not in _LOADED:
         _LOADED[config] = _load(config)
     return _LOADED[config]

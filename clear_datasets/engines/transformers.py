@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,11 @@ from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, Run, chunks, group, windows
 
+if TYPE_CHECKING:
+    import torch
+
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # tokens in one forward pass
+_READ = 512  # tokens of a response whose logits are held at a time
 _REST, _JOINED = 4, 64  # the last quarter of a window's samples waits until so many are left of several windows
 
 
@@ -137,6 +141,9 @@ class Transformers(Engine):
         for chunk in chunks([(i, q, q.ids[r.shared :]) for i, r in enumerate(window) for q in r.requests], budget):
             state = beginning.select([i for i, _, _ in chunk])
             requests = [q for _, q, _ in chunk]
+            if requests[0].tail > _READ and len(chunk) == 1:
+                yield requests[0], _read(state, chunk[0][2], requests[0].tail)
+                continue
             logits = state.forward([tokens for _, _, tokens in chunk], keep=max(q.tail for q in requests) + 1)
             if requests[0].kind == "generate":
                 drawn = [(i, q, s) for i, q in enumerate(requests) for s in range(q.draws)]
@@ -147,9 +154,27 @@ class Transformers(Engine):
                 yield from zip(requests, torch.softmax(logits[:, -1], dim=-1).cpu().numpy(), strict=True)
             else:
                 for request, row in zip(requests, logits, strict=True):
-                    said = torch.tensor(request.ids[-request.tail :], device=row.device)
-                    logprobs = row[-request.tail - 1 : -1].log_softmax(-1).gather(1, said[:, None])[:, 0]
-                    yield request, logprobs.cpu().numpy()
+                    yield request, _logprobs(row[-request.tail - 1 : -1], request.ids[-request.tail :])
+
+
+def _logprobs(logits: torch.Tensor, said: list[int]) -> npt.NDArray[np.float32]:
+    import torch
+
+    wanted = torch.tensor(said, device=logits.device)[:, None]
+    found: npt.NDArray[np.float32] = logits.log_softmax(-1).gather(1, wanted)[:, 0].cpu().numpy()
+    return found
+
+
+def _read(state: State, tokens: list[int], tail: int) -> npt.NDArray[np.float32]:
+    """Log-probabilities of a long response, the last `tail` tokens, in pieces: all logits would fill the memory."""
+    start = len(tokens) - tail - 1
+    if start:
+        state.forward([tokens[:start]])
+    pieces = []
+    for first in range(start, len(tokens) - 1, _READ):
+        said = tokens[first + 1 : first + 1 + _READ]
+        pieces.append(_logprobs(state.forward([tokens[first : first + len(said)]], keep=len(said))[0], said))
+    return np.concatenate(pieces)
 
 
 def _together(waiting: list[Writing], last: bool) -> list[Writing]:

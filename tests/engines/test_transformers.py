@@ -149,6 +149,29 @@ def test_logprobs_of_a_response_and_its_end(tiny, plain, user, batch_tokens):
         assert logprobs.dtype == np.float32
 
 
+def test_a_long_response_is_read_in_pieces_with_few_logits_at_a_time(tmp_path, user, monkeypatch):
+    folder = str(make_tiny(tmp_path, max_position_embeddings=4096))
+    engine = Transformers(folder, dtype="float32")
+    texts, responses = [TEXTS[1], TEXTS[3], "Who?"], ["Alps", "the Rhine, " * 150, "x" * 1100]
+    kept, forward = [], State.forward
+
+    def counted(self, rows, keep=1):
+        kept.append(len(rows) * keep)
+        return forward(self, rows, keep)
+
+    monkeypatch.setattr(State, "forward", counted)
+    found = engine.logprobs([user(t) for t in texts], responses)
+    assert 1 < max(kept) <= 512
+    model, tokenizer = load(engine).model, load(engine).tokenizer
+    for text, response, logprobs in zip(texts, responses, found, strict=True):
+        prompt = tokenizer.apply_chat_template(user(text), tokenize=False, add_generation_prompt=True)
+        ids = [*tokenizer.encode(prompt + response, add_special_tokens=False), tokenizer.eos_token_id]
+        with torch.inference_mode():
+            wanted = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+        np.testing.assert_allclose(logprobs, wanted[-len(logprobs) :, 0], atol=1e-3)
+    assert [len(x) for x in found] == [5, 1651, 1101]
+
+
 def test_all_kinds_in_one_queue_equal_each_alone(tiny, user):
     engine = Transformers(tiny, dtype="float32")
     write, judge = [user(t) for t in TEXTS], [user(t + " Right?") for t in TEXTS]
