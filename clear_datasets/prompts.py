@@ -63,7 +63,7 @@ def incomplete(prompt: Messages) -> list[Messages]:
     *turns, last = prompt
     units = _units(last["content"].strip())
     named = [i for i, unit in enumerate(units) if _ASKS.match(unit)]
-    ends = sorted((0, len(units) - 1), key=lambda i: (not units[i].endswith("?"), len(units[i]), -i))
+    ends = sorted((0, len(units) - 1), key=lambda i: (not units[i].rstrip().endswith("?"), len(units[i]), -i))
     asks = named[-1] if named else ends[0]
     rest = "\n\n".join(units[:asks] + units[asks + 1 :])
     texts = [rest, units[asks]] if rest and not named else [rest]
@@ -84,7 +84,7 @@ def _units(text: str) -> list[str]:
     sections = _LABEL.split(text)
     split = sections if sum(bool(_LABEL.match(s)) and not _CUE.fullmatch(s) for s in sections) > 1 else None
     units: list[str] = []
-    for unit in filter(None, map(str.strip, split or re.split(r"\n\s*\n", text))):
+    for unit in (piece.strip("\n") for piece in split or re.split(r"\n\s*\n", text) if piece.strip()):
         if units and _CUE.fullmatch(units[-1]):
             units[-1] += "\n" + unit
         else:
