@@ -190,7 +190,7 @@ def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
 
         def step(batch: dict[str, list[Any]]) -> dict[str, Any]:
             nonlocal done
-            scored = clear.score(batch)
+            scored: dict[str, Any] = clear.score(batch)
             done += len(scored["clear_error"])
             speed = f"{done / (time.monotonic() - started):.2f} rows/s"
             progress.update(task, completed=done, speed=speed)

@@ -61,20 +61,21 @@ class Clear:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stamp": stamp(self.model)}  # a model that was retrained in its place scores anew
 
-    def score(self, batch: Mapping[str, list[Any]], rank: int | None = None) -> dict[str, Any]:
+    def score(self, batch: Any, rank: int | None = None) -> Any:
         """A step for ``ds.map(clear.score, batched=True)``: how confident the model is that each target is right.
 
         Args:
-            batch: Columns of a batch of rows.
+            batch: Columns of a batch of rows, in any format of a dataset but those of pandas and polars.
             rank: Number of the worker process, from ``with_rank=True``: GPU `rank` is used.
 
         Returns:
-            The new columns: ``clear_confidence``, ``clear_consistency`` and ``clear_reflection``, float32 in [0, 1] or
-            nan; ``clear_error``, why a row has no score ("" where it has one).
+            The new columns, or the table with them where the dataset's format is Arrow: ``clear_confidence``,
+            ``clear_consistency`` and ``clear_reflection``, float32 in [0, 1] or nan; ``clear_error``, why a row has no
+            score ("" where it has one).
 
         Raises:
             FormatError: The columns are not known; see `infer`.
-            TypeError: The step was called on a row: ``batched=True`` is missing.
+            TypeError: The step was called on a row (``batched=True`` is missing), or on a DataFrame.
 
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
@@ -93,7 +94,8 @@ class Clear:
                 scores[name][sound] = values
             for i, error in zip(sound, found.errors, strict=True):
                 errors[i] = error
-        return {**scores, "clear_error": errors}
+        added = {**scores, "clear_error": errors}
+        return added if isinstance(batch, Mapping) else _beside(batch, added)
 
     @staticmethod
     def features(features: Features) -> Features:
@@ -129,12 +131,23 @@ class Clear:
         return examples, errors
 
 
+def _beside(table: Any, added: dict[str, Any]) -> Any:
+    """A table with more columns: what `map` is not given back of a table is lost."""
+    import pyarrow as pa
+
+    for name, values in added.items():
+        table = table.append_column(name, pa.array(values))
+    return table
+
+
 def _columns(batch: Any) -> dict[str, list[Any]]:
     """The columns of a batch as plain lists, whatever the format of the dataset."""
     if hasattr(batch, "to_pydict"):  # with_format("arrow")
         batch = batch.to_pydict()
-    elif hasattr(batch, "to_dict"):  # pandas and polars
-        batch = {name: batch[name].to_list() for name in batch.columns}
+    elif not isinstance(batch, Mapping):  # pandas has nan for null, and cannot give the columns back as they were
+        raise TypeError(
+            f"the batch is a {type(batch).__name__}: use ds.with_format(None).map(clear.score, batched=True)"
+        )
     return {name: _plain(_checked(batch[name], name)) for name in batch}
 
 

@@ -76,7 +76,7 @@ def test_without_batched_a_chat_says_so_too(stream):
         list((chat.to_iterable_dataset() if stream else chat).map(CLEAR.score))
 
 
-@pytest.mark.parametrize("kind", [None, "numpy", "torch", "arrow", "pandas"])
+@pytest.mark.parametrize("kind", [None, "numpy", "torch", "arrow"])
 def test_every_format_of_a_dataset_gives_the_same_scores(kind):
     turns = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Alps"}]
     sources = (
@@ -87,6 +87,11 @@ def test_every_format_of_a_dataset_gives_the_same_scores(kind):
         ds = Dataset.from_dict(source)
         scored = ds.with_format(kind).map(CLEAR.score, batched=True, batch_size=2).with_format(None)
         assert str(scored[:]) == str(ds.map(CLEAR.score, batched=True)[:])
+
+
+def test_data_frames_are_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"DataFrame: use ds.with_format\(None\)"):
+        Dataset.from_dict(ROWS).with_format("pandas").map(CLEAR.score, batched=True)
 
 
 def hash_elsewhere(code: str) -> str:

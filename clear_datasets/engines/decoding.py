@@ -113,20 +113,26 @@ class Writing:
         self.state, self.draws, self.temperature, self.logits, self.pending = state, draws, temperature, logits, pending
 
     def write(self, until: int = 0) -> None:
-        """Draw tokens until at most `until` samples are unfinished; samples that have ended leave."""
+        """Draw tokens until at most `until` samples are unfinished."""
         while len(self.draws) > until:
             if self.logits is None:
                 assert self.pending is not None
                 self.logits = self.state.forward([[token] for token in self.pending])[:, -1]
-            tokens = self._pick(self.logits).tolist()
-            going = []
-            for i, (draw, token) in enumerate(zip(self.draws, tokens, strict=True)):
-                if token not in self.state.checkpoint.ends:
-                    draw.tokens.append(token)
-                    if len(draw.tokens) < len(draw.uniform):
-                        going.append(i)
-            self._keep(going)
-            self.logits, self.pending = None, [tokens[i] for i in going]
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the next token of each sample from the logits that are there; samples that have ended leave."""
+        assert self.logits is not None
+        ends, tokens = self.state.checkpoint.ends, self._pick(self.logits).tolist()
+        drawn = list(zip(self.draws, tokens, strict=True))
+        going = [i for i, (d, t) in enumerate(drawn) if t not in ends and len(d.tokens) + 1 < len(d.uniform)]
+        # Before any token is noted: it may end in an out-of-memory error, and be done again.
+        state = self.state.select(going) if len(going) < len(drawn) else self.state
+        for draw, token in drawn:
+            if token not in ends:
+                draw.tokens.append(token)
+        self.state, self.draws = state, [self.draws[i] for i in going]
+        self.logits, self.pending = None, [tokens[i] for i in going]
 
     def _pick(self, logits: torch.Tensor) -> torch.Tensor:
         """The token at which the cumulative distribution passes the sample's next random number."""
@@ -138,13 +144,9 @@ class Writing:
         cumulative = torch.softmax(logits / self.temperature, dim=-1).cumsum(-1)
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
-    def _keep(self, rows: list[int]) -> None:
-        if len(rows) < len(self.draws):
-            self.state, self.draws = self.state.select(rows), [self.draws[i] for i in rows]
-
     @staticmethod
     def join(parts: list[Writing]) -> Writing:
-        """The unfinished samples of several batches, to be drawn together."""
+        """The unfinished samples of several batches that wait for their next logits, to be drawn together."""
         first = parts[0]
         pending = [token for part in parts for token in part.pending or ()]
         return Writing(

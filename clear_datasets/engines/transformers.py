@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # tokens in one forward pass
 _READ = 512  # tokens of a response whose logits are held at a time
-_REST, _JOINED = 4, 64  # the last quarter of a window's samples waits until so many are left of several windows
+_REST, _JOINED = 4, 64  # samples wait until so many can be drawn together; the last quarter of them waits again
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ class Transformers(Engine):
                     read[request.position] = result
                 else:
                     drawn += result.draws
-                    _finish(result, len(result.draws) // _REST if checkpoint.shares_prefix else 0)
-                    waiting.append(result)
+                    if checkpoint.shares_prefix:
+                        waiting.append(result)
+                    else:
+                        _finish(result, 0)
             if sum(len(w.draws) for w in waiting) >= _JOINED:
                 waiting = _together(waiting, last=False)
         _together(waiting, last=True)
@@ -178,22 +180,25 @@ def _read(state: State, tokens: list[int], tail: int) -> npt.NDArray[np.float32]
 
 
 def _together(waiting: list[Writing], last: bool) -> list[Writing]:
-    """Draw the samples that windows left behind as one batch, until few of them are left or none.
+    """Draw the samples of several forward passes as one batch, until few of them are left or none.
 
     A step is almost as slow for one sample as for many, and each window has a few long ones.
     """
     import torch
 
-    left = [w for w in waiting if w.draws]
-    if not left:
-        return []
+    joined = None
     try:
-        joined = Writing.join(left) if len(left) > 1 else left[0]
+        with torch.inference_mode():
+            for writing in waiting:
+                if writing.logits is not None:
+                    writing.draw()
+            left = [w for w in waiting if w.draws]
+            joined = Writing.join(left) if len(left) > 1 else next(iter(left), None)
     except torch.OutOfMemoryError:
-        joined = None
+        pass
     if joined is None:
         torch.cuda.empty_cache()
-        for writing in left:
+        for writing in waiting:
             _finish(writing, 0)
         return []
     _finish(joined, 0 if last else len(joined.draws) // _REST)
