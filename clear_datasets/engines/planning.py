@@ -60,12 +60,31 @@ def group(requests: list[Request], share: bool) -> list[Run]:
     return runs
 
 
+def _holds(request: Request) -> int:
+    """Tokens whose keys and values a request holds while it is written."""
+    return request.draws * (len(request.ids) + request.room)
+
+
+def _pieces(run: Run, most: int) -> Iterator[Run]:
+    """A run in parts that hold at most so many tokens: all prompts may share the beginning of the chat template."""
+    part: list[Request] = []
+    held = 0
+    for request in run.requests:
+        if part and held + _holds(request) > most:
+            yield Run(run.shared, part)
+            part, held = [], 0
+        part.append(request)
+        held += _holds(request)
+    yield Run(run.shared, part)
+
+
 def windows(runs: list[Run], budget: int) -> Iterator[list[Run]]:
     """Split the runs, longest first, into windows that fit one forward pass and one decoding batch."""
     window: list[Run] = []
     held = 0
-    for run in sorted(runs, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
-        holds = sum(q.draws * (len(q.ids) + q.room) for q in run.requests)
+    pieces = [piece for run in runs for piece in _pieces(run, _HELD * budget)]
+    for run in sorted(pieces, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
+        holds = sum(map(_holds, run.requests))
         if window and (
             (len(window) + 1) * window[0].shared > budget
             or 2 * run.shared < window[0].shared

@@ -172,6 +172,21 @@ def test_a_long_response_is_read_in_pieces_with_few_logits_at_a_time(tmp_path, u
     assert [len(x) for x in found] == [5, 1651, 1101]
 
 
+def test_many_prompts_with_one_beginning_are_not_written_all_at_once(tiny, user, monkeypatch):
+    engine = Transformers(tiny, dtype="float32", batch_tokens=256)
+    prompts = [user(f"Where does the river rise? And number {i}?") for i in range(40)]
+    alone = [engine.generate([p], n=5, temperature=1.0, max_tokens=8)[0] for p in prompts[::13]]
+    sizes, forward = [], State.forward
+
+    def counted(self, rows, keep=1):
+        sizes.append(len(rows))
+        return forward(self, rows, keep)
+
+    monkeypatch.setattr(State, "forward", counted)
+    assert engine.generate(prompts, n=5, temperature=1.0, max_tokens=8)[::13] == alone
+    assert 40 < max(sizes) < 120  # of 200 samples
+
+
 def test_all_kinds_in_one_queue_equal_each_alone(tiny, user):
     engine = Transformers(tiny, dtype="float32")
     write, judge = [user(t) for t in TEXTS], [user(t + " Right?") for t in TEXTS]
