@@ -151,8 +151,7 @@ def curate(
 def _format(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
             system: str | None) -> Format | None:  # fmt: skip
     """The format of named columns; those that are not named are inferred, all of them where none is."""
-    from clear_datasets import Columns, infer
-    from clear_datasets.formats import typical
+    from clear_datasets.formats import Columns, infer_rows
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
     given: dict[str, Any] = {name: column for name, column in named.items() if column}
@@ -163,7 +162,7 @@ def _format(rows: Dataset, prompt: str | None, response: str | None, input: str 
         return None
     if prompt and response:
         return Columns(**given)
-    form = infer(typical(rows[:1000]))
+    form = infer_rows(rows[:1000])
     if not isinstance(form, Columns):
         raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
     return replace(form, **given)
@@ -209,7 +208,7 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from clear_datasets.formats import infer, typical
+    from clear_datasets.formats import infer_rows
 
     confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)
@@ -225,7 +224,7 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
         bar = "█" * round(30 * count / max(counts.max(), 1))
         table.add_row(f"confidence {i / 10:.1f} to {(i + 1) / 10:.1f}", f"{bar} {count}")
     _console.print(table)
-    form = clear.format or infer(typical(ds[:1000]))
+    form = clear.format or infer_rows(ds[:1000])
     least = Table("row", "confidence", "prompt ends", "target", title="least confident", title_justify="left")
     for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
         example = form.read(ds[int(i)])

@@ -143,9 +143,8 @@ def _write_json(ds: Dataset, file: Path, array: bool) -> None:
     with file.open("w", encoding="utf-8") as f:
         f.write("[\n" if array else "")
         for i, row in enumerate(ds.with_format(None)):
-            values = {
-                n: None if isinstance(v, float) and math.isnan(v) else v for n, v in row.items()
-            }  # JSON has no nan
+            # JSON has no nan.
+            values = {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in row.items()}
             f.write(",\n" if array and i else "")
             f.write(json.dumps(values, ensure_ascii=False, default=_plain) + ("" if array else "\n"))
         f.write("\n]\n" if array else "")

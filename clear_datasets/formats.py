@@ -219,12 +219,14 @@ def infer(columns: Mapping[str, Any]) -> Format:
     )
 
 
-def typical(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """A row of the first value of each column that is not empty, for `infer`: an empty chat does not show its keys."""
-    return {
-        name: next((v for v in values if v is not None and v != []), values[0] if len(values) else None)
-        for name, values in columns.items()
-    }
+def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
+    """The format of some rows, by the first value of each column that is not empty: an empty chat hides its keys."""
+    return infer(
+        {
+            name: next((v for v in values if v is not None and v != []), values[0] if len(values) else None)
+            for name, values in rows.items()
+        }
+    )
 
 
 def _keys(turns: Any) -> set[str]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clear_datasets.formats import Format, infer, typical
+from clear_datasets.formats import Format, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -177,13 +177,13 @@ def corrupt_json(ds: Dataset, fraction: float = 0.2, seed: int = 0, *, format: F
 
 
 def _targets(ds: Dataset, format: Format | None) -> list[str]:
-    read = (format or infer(typical(ds[:1000]))).read
+    read = (format or infer_rows(ds[:1000])).read
     return [read(row).response for row in ds]
 
 
 def _replace(ds: Dataset, name: str, wrong: _Wrong, fraction: float, seed: int, format: Format | None) -> Dataset:
     """Give a random share of the rows one of their wrong targets."""
-    form, generator, wanted = format or infer(typical(ds[:1000])), random.Random(seed), _wanted(ds, fraction)
+    form, generator, wanted = format or infer_rows(ds[:1000]), random.Random(seed), _wanted(ds, fraction)
     chosen: dict[int, str] = {}
     for i in generator.sample(range(len(ds)), len(ds)):
         if len(chosen) == wanted:

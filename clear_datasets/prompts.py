@@ -70,12 +70,10 @@ def incomplete(prompt: Messages) -> list[Messages]:
     return [[*turns, {**last, "content": text}] for text in texts]
 
 
-_ASKS = re.compile(r"[#*\s]*(question|query|instruction|task|problem)s?\b[^:\n]{0,20}:", re.I)
-_LABEL = re.compile(
-    r"^(?=[#*]*\s*(?:question|query|instruction|task|problem|context|passage|document|article|text|background|input|"
-    r"options|answer|response|output)s?\b[^:\n]{0,20}:)",
-    re.I | re.M,
-)
+_QUESTIONS = "question|query|instruction|task|problem"
+_OTHERS = "context|passage|document|article|text|background|input|options|answer|response|output"
+_ASKS = re.compile(rf"[#*\s]*(?:{_QUESTIONS})s?\b[^:\n]{{0,20}}:", re.I)
+_LABEL = re.compile(rf"^(?=[#*]*\s*(?:{_QUESTIONS}|{_OTHERS})s?\b[^:\n]{{0,20}}:)", re.I | re.M)
 _CUE = re.compile(r"\W*\w+(?:\W+\w+){0,4}\W*:\W*")  # "### Response:", "Answer:"
 
 

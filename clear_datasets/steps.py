@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clear_datasets.confidence import BSDetector
 from clear_datasets.engines import Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
-from clear_datasets.formats import Example, Format, FormatError, infer, typical
+from clear_datasets.formats import Example, Format, FormatError, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -118,7 +118,7 @@ class Clear:
 
     def _read(self, batch: dict[str, list[Any]]) -> tuple[list[Example | None], list[str]]:
         size = len(next(iter(batch.values()), []))
-        form = (self.format or infer(typical(batch))) if size else None
+        form = (self.format or infer_rows(batch)) if size else None
         examples: list[Example | None] = []
         errors = [""] * size
         for i in range(size):

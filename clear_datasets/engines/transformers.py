@@ -186,23 +186,22 @@ def _together(waiting: list[Writing], last: bool) -> list[Writing]:
     """
     import torch
 
-    joined = None
+    joined: list[Writing] | None = None
     try:
         with torch.inference_mode():
             for writing in waiting:
                 if writing.logits is not None:
                     writing.draw()
             left = [w for w in waiting if w.draws]
-            joined = Writing.join(left) if len(left) > 1 else next(iter(left), None)
+            joined = [Writing.join(left)] if len(left) > 1 else left
     except torch.OutOfMemoryError:
         pass
     if joined is None:
         torch.cuda.empty_cache()
-        for writing in waiting:
-            _finish(writing, 0)
-        return []
-    _finish(joined, 0 if last else len(joined.draws) // _REST)
-    return [joined]
+        joined, last = waiting, True
+    for writing in joined:
+        _finish(writing, 0 if last else len(writing.draws) // _REST)
+    return [w for w in joined if w.draws]
 
 
 def _finish(writing: Writing, until: int) -> None:
