@@ -52,7 +52,8 @@ class BSDetector:
     smaller one of two gains counts (`prompts.incomplete`). r is for the share of samples that equal the response, which
     p estimates without sampling; the difference takes out what the passage alone makes likely.
     Reflection is the probability of "Yes" when the model is asked whether the response is correct, the mean over both
-    orders of the labels. All of it but the samples is one forward pass.
+    orders of the labels. All of it but the samples is one forward pass. An engine that gives no log-probabilities of a
+    given text (`OpenAI`) has r from its samples, as in the reasoned form.
 
     *Reasoned*, the paper's: explanation first, then the answer, for the samples and for each of two questions of
     reflection, with the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal
@@ -114,9 +115,13 @@ class BSDetector:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'direct' or 'reasoned'")
 
     @property
-    def samples_needed(self) -> bool:
+    def reads(self) -> bool:
+        """Whether any weight is on how likely the response itself is."""
+        return self.beta > 0 and self.alpha < 1 and self.samples == "direct"
+
+    def samples_needed(self, engine: Engine) -> bool:
         """Whether any sample has a weight: sampling is the cost."""
-        return self.beta > 0 and (self.alpha > 0 or self.samples == "reasoned")
+        return self.beta > 0 and (self.alpha > 0 or not self.reads or not engine.reads)
 
     def limit(self, response: str) -> int:
         """Tokens after which a sample is cut off that is to be compared with a response.
@@ -183,13 +188,14 @@ class _Run:
         """The samples of a row, and in the direct form all that one forward pass tells."""
         settings, (prompt, response) = self.settings, (self.examples[i].prompt, self.examples[i].response)
         own, *parts = (prompts.sample(p, settings.samples) for p in (prompt, *prompts.incomplete(prompt)))
-        reads = settings.beta > 0 and settings.alpha < 1 and settings.samples == "direct"
+        reads = settings.reads and self.engine.reads
         reflects = settings.beta < 1 and settings.reflection == "direct"
+        needed = settings.samples_needed(self.engine)
         return Asks(
-            generate=[own] if settings.samples_needed else [],
+            generate=[own] if needed else [],
             n=settings.k,
             temperature=settings.temperature,
-            max_tokens=[settings.limit(response)] * settings.samples_needed,
+            max_tokens=[settings.limit(response)] * needed,
             choose=prompts.reflect(prompt, response) if reflects else [],
             labels=prompts.LABELS if reflects else (),
             read=[(p, response) for p in (own, *parts)] if reads else [],

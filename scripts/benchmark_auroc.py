@@ -87,11 +87,11 @@ class Recorder(Engine):
         return Answers(every["generate"], chosen, every["read"])
 
     def _count(self, asks: Asks, answers: Answers) -> None:
-        checkpoint = load(self.engine)
+        chats = load(self.engine).chats
         prompts = [*asks.generate, *asks.choose, *(p for p, _ in asks.read)]
-        self.tokens["prompt"] += sum(map(len, checkpoint.encode(prompts, [0] * len(prompts))))
-        self.tokens["prompt"] += sum(len(checkpoint.response(r)) for _, r in asks.read)
-        self.tokens["generated"] += sum(len(checkpoint.response(t)) for texts in answers.generated for t in texts)
+        self.tokens["prompt"] += sum(map(len, chats.encode(prompts, [0] * len(prompts))))
+        self.tokens["prompt"] += sum(len(chats.response(r)) for _, r in asks.read)
+        self.tokens["generated"] += sum(len(chats.response(t)) for texts in answers.generated for t in texts)
 
 
 def token_logprob(rows: Dataset, engine: Engine) -> list[float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +30,10 @@ class PromptError(ValueError):
 
     def __reduce__(self) -> tuple[type[PromptError], tuple[dict[int, str]]]:
         return PromptError, (self.reasons,)  # by its reasons, not its text, from one process to another
+
+
+class EngineError(RuntimeError):
+    """An engine ended in the middle of its work, or cannot be reached; nothing is known of the batch."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,12 @@ class Engine(Protocol):
     An engine is its configuration: it compares, hashes and pickles by it. Weights are loaded at the first call and
     belong to the process. A new engine writes `generate`, `choose` and `logprobs`, and has `answer` by
     subclassing this.
+
+    Attributes:
+        reads: Whether it has `logprobs`; servers of chat completions do not.
     """
+
+    reads: ClassVar[bool] = True
 
     def generate(
         self,
@@ -143,15 +155,45 @@ class Engine(Protocol):
 
 
 def default_engine(model: str, revision: str | None = None) -> Engine:
-    """The engine that suits this machine: `Transformers`, on a GPU where there is one."""
+    """The engine that suits this machine: `VLLM` where it is installed and a GPU is there, else `Transformers`."""
+    import torch
+
+    if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
+        from clear_datasets.engines.vllm import VLLM
+
+        return VLLM(model, revision)
     from clear_datasets.engines.transformers import Transformers
 
     return Transformers(model, revision)
+
+
+_RANKS: dict[int, int] = {}  # of this process: at most one
 
 
 def use_rank(rank: int) -> None:
     """Give this process the GPU of its rank, for ``ds.map(..., num_proc=n, with_rank=True)``; none without GPUs."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+    if not torch.cuda.is_available() or os.getpid() in _RANKS:
+        return
+    _RANKS[os.getpid()] = rank
+    count = torch.cuda.device_count()
+    visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d] or [str(i) for i in range(count)]
+    if torch.cuda.is_initialized():
+        torch.cuda.set_device(rank % count)
+    else:  # vLLM's own processes see nothing but the environment
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank % count]
+    cache = os.environ.get("VLLM_CACHE_ROOT") or os.path.expanduser("~/.cache/vllm")
+    os.environ["VLLM_CACHE_ROOT"] = f"{cache}/rank{rank}"  # processes that compile at once would overwrite each other
+
+
+def hint_at_ranks() -> None:
+    """Say that there are more GPUs than this process uses."""
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1 and os.getpid() not in _RANKS:
+        warnings.warn(
+            f"this machine has {count} GPUs and one of them is used; ds.map(clear.score, batched=True, "
+            f"num_proc={count}, with_rank=True) takes all, after multiprocess.set_start_method('spawn')",
+            stacklevel=2,
+        )

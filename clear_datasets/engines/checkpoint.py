@@ -7,12 +7,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clear_datasets.engines import Messages, PromptError
+from clear_datasets.engines.chats import Chats
 
 if TYPE_CHECKING:
     import torch
@@ -39,66 +38,10 @@ class Checkpoint:
     """A model in memory, and how a chat becomes its tokens."""
 
     model: Any
-    tokenizer: Any
+    chats: Chats
     device: torch.device
-    limit: int  # tokens of prompt and answer together
-    ends: frozenset[int]  # tokens that end an answer
     pad: int
-    end: int  # the token that ends an answer in the chat template
     shares_prefix: bool
-
-    def response(self, text: str) -> list[int]:
-        """Token ids of an answer and its end."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return [*ids, self.end]
-
-    def encode(self, prompts: Sequence[Messages], reserve: Sequence[int]) -> list[list[int]]:
-        """Token ids of each prompt, up to where the answer begins; `reserve` tokens each are kept free for it.
-
-        Raises:
-            PromptError: Some prompts leave too little room, or the chat template refuses them.
-        """
-        texts: list[str] = []
-        reasons: dict[int, str] = {}
-        for position, prompt in enumerate(prompts):
-            try:
-                texts.append(render(self.tokenizer, prompt))
-            except Exception as error:  # templates raise what they like: jinja2 errors, TypeError, ...
-                reasons[position] = f"the chat template refuses this prompt: {error}"
-                texts.append("")
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
-        for position, (tokens, room) in enumerate(zip(ids, reserve, strict=True)):
-            if len(tokens) + room > self.limit:
-                reasons.setdefault(
-                    position,
-                    f"the prompt has {len(tokens):,} tokens and {room:,} are kept for the answer, "
-                    f"but the model takes {self.limit:,}: shorten the row, or use a model with a longer context",
-                )
-        if reasons:
-            raise PromptError(reasons)
-        return ids
-
-
-# Models that think aloud first would say neither a label nor an answer; other templates ignore the setting.
-_ANSWERING = {"add_generation_prompt": True, "enable_thinking": False}
-
-
-def render(tokenizer: Any, messages: Messages) -> str:
-    """The text of a chat, by the tokenizer's chat template, or plainly where it has none."""
-    if not tokenizer.chat_template:
-        turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
-        return "\n\n".join([*turns, "Assistant:"])
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **_ANSWERING)
-    except Exception:
-        if not messages or messages[0]["role"] != "system" or len(messages) < 2:
-            raise
-        # Some templates have no system role; its text then opens the first turn.
-        first = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
-        text = tokenizer.apply_chat_template([first, *messages[2:]], tokenize=False, **_ANSWERING)
-    return text
 
 
 def after_fork() -> None:
@@ -127,34 +70,17 @@ def _load(config: Transformers) -> Checkpoint:
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _fast_dtype(device)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device).eval()
-    ends = {tokenizer.eos_token_id}
-    stated = model.generation_config.eos_token_id
-    ends.update(stated if isinstance(stated, list) else [stated])
     text = model.config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     return Checkpoint(
         model=model,
-        tokenizer=tokenizer,
+        chats=Chats.of(tokenizer, limit, model.generation_config.eos_token_id),
         device=device,
-        limit=int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length),
-        ends=frozenset(e for e in ends if e is not None),
         pad=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-        end=_end_of_turn(tokenizer, ends),
         # Padding between two parts of a prompt is masked in full attention; other layers would count it in.
         shares_prefix=kinds == {"full_attention"} and not getattr(text, "sliding_window", None),
     )
-
-
-def _end_of_turn(tokenizer: Any, ends: set[int | None]) -> int:
-    """The token by which the chat template ends an answer: not every tokenizer's eos token is."""
-    if tokenizer.chat_template:
-        said = "Seven"
-        chat = [{"role": "user", "content": "Say a number."}, {"role": "assistant", "content": said}]
-        _, found, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(said)
-        for token in tokenizer.encode(after, add_special_tokens=False) if found else ():
-            if token in ends:
-                return int(token)
-    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(e for e in ends if e is not None))
 
 
 def stamp(model: str) -> str:

@@ -123,7 +123,7 @@ class Writing:
     def draw(self) -> None:
         """Draw the next token of each sample from the logits that are there; samples that have ended leave."""
         assert self.logits is not None
-        ends, tokens = self.state.checkpoint.ends, self._pick(self.logits).tolist()
+        ends, tokens = self.state.checkpoint.chats.ends, self._pick(self.logits).tolist()
         drawn = list(zip(self.draws, tokens, strict=True))
         going = [i for i, (d, t) in enumerate(drawn) if t not in ends and len(d.tokens) + 1 < len(d.uniform)]
         # Before any token is noted: it may end in an out-of-memory error, and be done again.

@@ -35,6 +35,10 @@ class Labels:
         """Room for the conditional probabilities of `rows` prompts."""
         return np.ones((rows, len(self._known)))
 
+    def after(self, stem: tuple[int, ...]) -> list[int]:
+        """The tokens that may follow a stem."""
+        return [tokens[-1] for tokens in self._known if tokens[:-1] == stem]
+
     def add(self, masses: npt.NDArray[np.float64], row: int, stem: tuple[int, ...], probabilities: Any) -> None:
         """Note the next token's probabilities, [vocabulary], of a prompt followed by a stem."""
         for tokens, column in self._known.items():

@@ -1,4 +1,4 @@
-"""Which requests go into which forward pass: shared beginnings once, like with like, little padding."""
+"""What is asked as requests, and which go into which forward pass: shared beginnings once, like with like."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
+
+from clear_datasets.engines import Asks
+from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.labels import Labels
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a pass of its own
 _HELD = 8  # how many times the tokens of a forward pass the sequences of a window may hold while they are written
@@ -24,6 +28,26 @@ class Request:
     room: int = 0  # tokens of a sample at most
     stem: tuple[int, ...] = ()  # choose: the tokens of a label that `ids` ends with
     tail: int = 0  # read: how many of the last ids are the response
+
+
+def plan(asks: Asks, chats: Chats) -> tuple[list[Request], Labels]:
+    """The requests that a batch of questions comes to, and the spellings of its labels.
+
+    Raises:
+        PromptError: Some prompts cannot be answered; see `Engine.answer`.
+    """
+    known = Labels(asks.labels, chats.tokenizer)
+    targets = [chats.response(text) for _, text in asks.read]
+    limits = asks.limits
+    reserve = limits + [known.depth] * len(asks.choose) + [len(t) for t in targets]
+    encoded = iter(chats.encode([*asks.generate, *asks.choose, *(p for p, _ in asks.read)], reserve))
+    draws = asks.n if asks.temperature > 0 else 1  # at temperature 0 every sample is the same
+    requests = [Request(next(encoded), "generate", i, draws, room=room) for i, room in enumerate(limits)]
+    for i in range(len(asks.choose)):
+        ids = next(encoded)
+        requests += [Request([*ids, *stem], "choose", i, stem=stem) for stem in known.stems]
+    requests += [Request(next(encoded) + t, "read", i, tail=len(t)) for i, t in enumerate(targets)]
+    return requests, known
 
 
 @dataclass

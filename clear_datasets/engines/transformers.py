@@ -12,8 +12,7 @@ import numpy.typing as npt
 from clear_datasets.engines import Answers, Asks, Engine, Messages
 from clear_datasets.engines.checkpoint import Checkpoint, load, stamp
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
-from clear_datasets.engines.labels import Labels
-from clear_datasets.engines.planning import Request, Run, chunks, group, windows
+from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
 
 if TYPE_CHECKING:
     import torch
@@ -76,17 +75,7 @@ class Transformers(Engine):
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: one queue, so that all that is asked about a row shares its beginning."""
         checkpoint = load(self)
-        known = Labels(asks.labels, checkpoint.tokenizer)
-        targets = [checkpoint.response(text) for _, text in asks.read]
-        limits = asks.limits
-        reserve = limits + [known.depth] * len(asks.choose) + [len(t) for t in targets]
-        encoded = iter(checkpoint.encode([*asks.generate, *asks.choose, *(p for p, _ in asks.read)], reserve))
-        draws = asks.n if asks.temperature > 0 else 1  # at temperature 0 every sample is the same
-        requests = [Request(next(encoded), "generate", i, draws, room=room) for i, room in enumerate(limits)]
-        for i in range(len(asks.choose)):
-            ids = next(encoded)
-            requests += [Request([*ids, *stem], "choose", i, stem=stem) for stem in known.stems]
-        requests += [Request(next(encoded) + t, "read", i, tail=len(t)) for i, t in enumerate(targets)]
+        requests, known = plan(asks, checkpoint.chats)
         masses = known.empty(len(asks.choose))
         read = [np.empty(0, np.float32) for _ in asks.read]
         drawn: list[Draw] = []
@@ -109,9 +98,10 @@ class Transformers(Engine):
         _together(waiting, last=True)
         generated: list[list[str]] = [[] for _ in asks.generate]
         for draw in drawn:  # the samples of a prompt come in their order
-            text = checkpoint.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip()
-            generated[draw.position] += [text] * (asks.n // draws)
-        return Answers(generated, known.probabilities(masses), read)
+            text = checkpoint.chats.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip()
+            generated[draw.position].append(text)
+        # At temperature 0 one was drawn for all.
+        return Answers([t * (asks.n // len(t)) for t in generated], known.probabilities(masses), read)
 
     def _window(
         self, window: list[Run], checkpoint: Checkpoint, asks: Asks, budget: int

@@ -162,7 +162,7 @@ def test_a_long_response_is_read_in_pieces_with_few_logits_at_a_time(tmp_path, u
     monkeypatch.setattr(State, "forward", counted)
     found = engine.logprobs([user(t) for t in texts], responses)
     assert 1 < max(kept) <= 512
-    model, tokenizer = load(engine).model, load(engine).tokenizer
+    model, tokenizer = load(engine).model, load(engine).chats.tokenizer
     for text, response, logprobs in zip(texts, responses, found, strict=True):
         prompt = tokenizer.apply_chat_template(user(text), tokenize=False, add_generation_prompt=True)
         ids = [*tokenizer.encode(prompt + response, add_special_tokens=False), tokenizer.eos_token_id]

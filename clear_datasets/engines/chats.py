@@ -1,0 +1,106 @@
+"""How a chat becomes the tokens of a model, by its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clear_datasets.engines import Messages, PromptError
+
+# Models that think aloud first would say neither a label nor an answer; other templates ignore the setting.
+_ANSWERING = {"add_generation_prompt": True, "enable_thinking": False}
+
+
+@dataclass(frozen=True)
+class Chats:
+    """A tokenizer, and what the model says of its own tokens.
+
+    Attributes:
+        tokenizer: Of `transformers`.
+        limit: Tokens of prompt and answer together.
+        ends: Tokens that end an answer.
+        end: The one of them that ends an answer in the chat template.
+    """
+
+    tokenizer: Any
+    limit: int
+    ends: frozenset[int]
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, limit: int, stated: int | list[int] | None) -> Chats:
+        """The chats of a tokenizer, and of the ``eos_token_id`` that the model's generation config states."""
+        every = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+        ends = frozenset(int(e) for e in every if e is not None)
+        return cls(tokenizer, limit, ends, _end_of_turn(tokenizer, ends))
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of an answer and its end."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.end]
+
+    def encode(self, prompts: Sequence[Messages], reserve: Sequence[int]) -> list[list[int]]:
+        """Token ids of each prompt, up to where the answer begins; `reserve` tokens each are kept free for it.
+
+        Raises:
+            PromptError: Some prompts leave too little room, or the chat template refuses them.
+        """
+        texts: list[str] = []
+        reasons: dict[int, str] = {}
+        for position, prompt in enumerate(prompts):
+            try:
+                texts.append(render(self.tokenizer, prompt))
+            except Exception as error:  # templates raise what they like: jinja2 errors, TypeError, ...
+                reasons[position] = f"the chat template refuses this prompt: {error}"
+                texts.append("")
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        for position, (tokens, room) in enumerate(zip(ids, reserve, strict=True)):
+            if len(tokens) + room > self.limit:
+                reasons.setdefault(
+                    position,
+                    f"the prompt has {len(tokens):,} tokens and {room:,} are kept for the answer, "
+                    f"but the model takes {self.limit:,}: shorten the row, or use a model with a longer context",
+                )
+        if reasons:
+            raise PromptError(reasons)
+        return ids
+
+
+def render(tokenizer: Any, messages: Messages) -> str:
+    """The text of a chat, by the tokenizer's chat template, or plainly where it has none."""
+    if not tokenizer.chat_template:
+        turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+        return "\n\n".join([*turns, "Assistant:"])
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **_ANSWERING)
+    except Exception:
+        if not messages or messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        text = tokenizer.apply_chat_template(without_system(messages), tokenize=False, **_ANSWERING)
+    return text
+
+
+def without_system(messages: Messages) -> list[dict[str, str]]:
+    r"""The chat with the system's text at the beginning of the first turn: some templates have no system role.
+
+    Example:
+        >>> without_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}])
+        [{'role': 'user', 'content': 'Be brief.\n\nWho?'}]
+    """
+    first = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
+    return [first, *messages[2:]]
+
+
+def _end_of_turn(tokenizer: Any, ends: frozenset[int]) -> int:
+    """The token by which the chat template ends an answer: not every tokenizer's eos token is."""
+    if tokenizer.chat_template:
+        said = "Seven"
+        chat = [{"role": "user", "content": "Say a number."}, {"role": "assistant", "content": said}]
+        _, found, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(said)
+        for token in tokenizer.encode(after, add_special_tokens=False) if found else ():
+            if token in ends:
+                return int(token)
+    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(ends))

@@ -1,0 +1,142 @@
+"""Rows/s of `score` on vLLM against the floor: the very same requests handed to plain `vllm.LLM.generate`.
+
+    python scripts/benchmark_engines.py --model 0.5b --out docs/benchmarks/engines.json
+
+Both run in one process, in turn, with an empty prefix cache. Tokens are vLLM's own counters. `trie` counts what all
+requests of the batch have in common once: no engine can read less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from get_model import MODELS, fetch
+
+from clear_datasets import Clear, noise
+from clear_datasets.engines.vllm import VLLM, _load
+from clear_datasets.steps import SCORES_REVISION
+
+DATA = Path(__file__).parent / "data"
+
+
+def counters(llm: Any) -> dict[str, float]:
+    names = ("prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens")
+    found = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    return {name: float(found.get(f"vllm:{name}") or 0) for name in names}
+
+
+def trie(prompts: list[list[int]]) -> int:
+    """Tokens of all prompts, with what several begin with counted once."""
+    total, last = 0, []
+    for ids in sorted(prompts):
+        common = next((i for i, (a, b) in enumerate(zip(ids, last, strict=False)) if a != b), min(len(ids), len(last)))
+        total, last = total + len(ids) - common, ids
+    return total
+
+
+def timed(llm: Any, job: Any) -> tuple[float, dict[str, float]]:
+    llm.reset_prefix_cache()
+    before, started = counters(llm), time.perf_counter()
+    job()
+    seconds = time.perf_counter() - started
+    return seconds, {name: value - before[name] for name, value in counters(llm).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    model = str(fetch(args.model)) if args.model in MODELS else args.model
+    rows = Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "report")
+    batch = noise.other_answer(rows, fraction=0.5, seed=1)[: args.rows]
+    with VLLM(model, dtype=args.dtype, disable_log_stats=False) as engine:
+        print(json.dumps(found := compare(engine, batch, args.pairs), indent=1))
+    import torch
+    import vllm
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    entry = {
+        "model": Path(model).name.removesuffix(".gguf"),
+        "rows": args.rows,
+        "scores_revision": SCORES_REVISION,
+        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {gpu}, "
+        f"vllm {vllm.__version__}, torch {torch.__version__}",
+        "date": datetime.date.today().isoformat(),
+        **found,
+    }
+    if args.out:
+        old = json.loads(args.out.read_text()) if args.out.exists() else []
+        same = ("model", "rows", "machine")
+        args.out.write_text(
+            json.dumps([*(e for e in old if any(e[k] != entry[k] for k in same)), entry], indent=1) + "\n"
+        )
+
+
+def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, Any]:
+    clear, loaded = Clear(engine=engine), _load(engine)
+    sent: list[tuple[Any, Any]] = []
+    run = loaded.run
+
+    def recorded(requests: Any, adapter: str | None) -> Any:
+        every = list(requests)
+        sent.extend(every)
+        return run(iter(every), adapter)
+
+    loaded.run = recorded  # type: ignore[method-assign]
+    clear.score(batch)  # also warms up
+    loaded.run = run  # type: ignore[method-assign]
+    prompts, settings = [{"prompt_token_ids": r.ids} for r, _ in sent], [s for _, s in sent]
+    size = len(next(iter(batch.values())))
+    results = []
+    for number in range(pairs):
+        both = {
+            "score": lambda: clear.score(batch),
+            "floor": lambda: loaded.llm.generate(prompts, settings, use_tqdm=False),
+        }
+        order = list(both) if number % 2 else list(both)[::-1]
+        found = {name: timed(loaded.llm, both[name]) for name in order}
+        results.append({name: {"seconds": round(s, 2), **tokens} for name, (s, tokens) in found.items()})
+        print(json.dumps(results[-1]), flush=True)
+    ratios = sorted(r["score"]["seconds"] / r["floor"]["seconds"] for r in results)
+    least = trie([r.ids for r, _ in sent])
+    once = sum(len(ids) for ids in {tuple(r.ids) for r, _ in sent})
+    prefilled = [r["score"]["prefix_cache_queries"] - r["score"]["prefix_cache_hits"] for r in results]
+    return {
+        "rows_per_second": round(size / statistics.median(r["score"]["seconds"] for r in results), 3),
+        "floor_rows_per_second": round(size / statistics.median(r["floor"]["seconds"] for r in results), 3),
+        "time_over_floor": {
+            "median": round(statistics.median(ratios), 3), "least": round(ratios[0], 3), "most": round(ratios[-1], 3)
+        },
+        "tokens_per_row": {
+            "each distinct prompt once": round(once / size, 1),
+            "trie": round(least / size, 1),
+            "prefilled": round(statistics.median(prefilled) / size, 1),
+            "generated": round(statistics.median(r["score"]["generation_tokens"] for r in results) / size, 1),
+        },
+        "prefix_cache_hit_rate": round(
+            statistics.median(
+                r["score"]["prefix_cache_hits"] / max(r["score"]["prefix_cache_queries"], 1) for r in results
+            ), 3
+        ),
+        "pairs": results,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

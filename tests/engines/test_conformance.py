@@ -1,0 +1,135 @@
+"""What every engine does alike: the same tests on the scripted one, Transformers, vLLM, and a server on loopback."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from clear_datasets import BSDetector, Clear
+from clear_datasets.engines import Asks, PromptError
+
+PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
+TEXTS = ["Who?", PASSAGE + "Where does it rise?", "2 + 2 = ?", PASSAGE + "Where does it end?", "größer, 日本語, 🙂"]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [[{"role": "user", "content": t}] for t in TEXTS]
+
+
+def test_answers_come_in_the_order_asked_and_repeat_at_temperature_0(engine, prompts):
+    found = engine.generate(prompts, max_tokens=8)
+    assert found == engine.generate(prompts, max_tokens=8)
+    assert found[::-1] == engine.generate(prompts[::-1], max_tokens=8)
+    assert [len(texts) for texts in found] == [1] * len(TEXTS)
+    assert len({texts[0] for texts in found}) > 2
+    assert all(text == text.strip() for [text] in found)
+
+
+def test_n_samples_of_each_prompt(engine, prompts):
+    found = engine.generate(prompts, n=3, temperature=1.0, max_tokens=[4, 8, 12, 4, 8])
+    assert [len(texts) for texts in found] == [3] * len(TEXTS)
+    greedy = engine.generate(prompts, n=3, max_tokens=4)
+    assert all(len(texts) == 3 and len(set(texts)) == 1 for texts in greedy)
+    with pytest.raises(ValueError, match="2 numbers for 5 prompts"):
+        engine.generate(prompts, max_tokens=[1, 2])
+
+
+def test_labels_share_the_probability(engine, prompts):
+    found = engine.choose(prompts, ["Y", "N"])
+    assert found.shape == (len(TEXTS), 2)
+    assert found.dtype == np.float32
+    known = ~np.isnan(found).any(axis=1)
+    np.testing.assert_allclose(found[known].sum(axis=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(engine.choose(prompts[::-1], ["Y", "N"])[::-1], found, atol=0.02)
+    swapped = engine.choose(prompts, ["N", "Y"])
+    if known.any() and type(engine).__name__ != "Scripted":  # whose first label is the right one
+        np.testing.assert_allclose(swapped[known][:, ::-1], found[known], atol=0.02)
+
+
+def test_labels_that_begin_alike(engine, prompts):
+    found = engine.choose(prompts, ["A", "AB", "B"])
+    known = ~np.isnan(found).any(axis=1)
+    np.testing.assert_allclose(found[known].sum(axis=1), 1, rtol=1e-4)
+    assert (found[known] >= 0).all()
+
+
+def test_an_empty_batch(engine):
+    assert engine.generate([]) == []
+    assert engine.choose([], ["Yes", "No"]).shape == (0, 2)
+    answers = engine.answer(Asks())
+    assert answers.generated == []
+    assert answers.read == []
+
+
+def test_prompts_that_are_too_long_are_named_and_the_rest_can_be_asked(engine, prompts):
+    long = [{"role": "user", "content": "x" * 600}]
+    with pytest.raises(PromptError) as caught:
+        engine.generate([prompts[0], long, prompts[2]], max_tokens=8)
+    assert list(caught.value.reasons) == [1]
+    assert "600" in caught.value.reasons[1] or "512" in caught.value.reasons[1]
+    with pytest.raises(PromptError) as caught:
+        engine.answer(Asks([prompts[0]], 1, 0.0, 8, [prompts[0], long], ["Y", "N"]))
+    assert list(caught.value.reasons) == [2]
+    assert engine.generate([prompts[0], prompts[2]], max_tokens=8) == [
+        engine.generate([p], max_tokens=8)[0] for p in (prompts[0], prompts[2])
+    ]
+
+
+def test_log_probabilities_of_a_response(engine, prompts):
+    if not engine.reads:
+        pytest.skip("a server of chat completions gives no log-probabilities of a given text")
+    responses = ["Alps", "", "5", "in the North Sea", "日本"]
+    found = engine.logprobs(prompts, responses)
+    assert all(x.dtype == np.float32 and (x <= 0).all() for x in found)
+    for mine, prompt, response in zip(found, prompts, responses, strict=True):
+        np.testing.assert_allclose(engine.logprobs([prompt], [response])[0], mine, atol=0.05)  # now cached, maybe
+
+
+def test_a_batch_of_all_kinds_scores_rows(engine):
+    rows = {"prompt": TEXTS, "response": ["Alps", "the Alps", "4", "in the North Sea", "y" * 2000]}
+    scored = Clear(engine=engine, confidence=BSDetector(k=2, max_tokens=8)).score(rows)
+    assert [bool(e) for e in scored["clear_error"][:4]] == [bool(np.isnan(c)) for c in scored["clear_confidence"][:4]]
+    assert scored["clear_error"][4]  # too long
+    assert np.isnan(scored["clear_confidence"][4])
+    assert not np.isnan(scored["clear_consistency"][:4]).any() or scored["clear_error"][0]
+
+
+def test_an_engine_is_its_configuration(engine, prompts):
+    before = pickle.dumps(engine)
+    engine.generate(prompts[:1], max_tokens=2)
+    assert pickle.dumps(engine) == before
+    assert pickle.loads(before) == engine
+    assert hash(pickle.loads(before)) == hash(engine)
+
+
+def test_an_interrupt_stops_the_batch_and_the_next_one_is_answered(engine, prompts):
+    if type(engine).__name__ == "Scripted":
+        pytest.skip("it answers at once")
+    wanted = engine.generate(prompts, max_tokens=8)
+    started, main = time.monotonic(), threading.main_thread().ident
+    timer = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        [engine.generate(prompts, n=50, temperature=1.0, max_tokens=250) for _ in range(1000)]
+    assert time.monotonic() - started < 60
+    assert engine.generate(prompts, max_tokens=8) == wanted
+
+
+def test_a_model_without_a_chat_template(bare, prompts):
+    found = bare.generate(prompts, max_tokens=8)
+    assert found == bare.generate(prompts, max_tokens=8)
+    assert len({texts[0] for texts in found}) > 2
+
+
+def test_a_chat_template_without_a_system_role(strict):
+    user = {"role": "user", "content": "Who?"}
+    with_system, without = strict.generate([[{"role": "system", "content": "Be brief."}, user], [user]], max_tokens=8)
+    joined = strict.generate([[{"role": "user", "content": "Be brief.\n\nWho?"}]], max_tokens=8)
+    assert with_system == joined[0]
+    assert with_system != without
