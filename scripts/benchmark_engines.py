@@ -23,7 +23,8 @@ from datasets import Dataset
 from get_model import MODELS, fetch
 
 from clear_datasets import Clear, noise
-from clear_datasets.engines.vllm import VLLM, _load
+from clear_datasets.engines.vllm import VLLM
+from clear_datasets.engines.vllm_process import load
 from clear_datasets.steps import SCORES_REVISION
 
 DATA = Path(__file__).parent / "data"
@@ -89,14 +90,14 @@ def main() -> None:
 
 
 def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, Any]:
-    clear, loaded = Clear(engine=engine), _load(engine)
+    clear, loaded = Clear(engine=engine), load(engine)
     sent: list[tuple[Any, Any]] = []
     run = loaded.run
 
-    def recorded(requests: Any, adapter: str | None) -> Any:
+    def recorded(requests: Any, config: VLLM) -> Any:
         every = list(requests)
         sent.extend(every)
-        return run(iter(every), adapter)
+        return run(iter(every), config)
 
     loaded.run = recorded  # type: ignore[method-assign]
     clear.score(batch)  # also warms up

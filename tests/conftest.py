@@ -104,9 +104,9 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    settings = {
+    settings = {  # heads of 32: vLLM has no smaller ones
         "vocab_size": len(vocabulary), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,  # vLLM has no heads below 32
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
         "eos_token_id": vocabulary["<|end|>"], "pad_token_id": 0, "initializer_range": 0.3,
     } | config  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)

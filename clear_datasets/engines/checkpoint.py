@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clear_datasets.engines import hint_at_ranks
 from clear_datasets.engines.chats import Chats
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def _load(config: Transformers) -> Checkpoint:
     source = str(from_gguf(Path(config.model))) if config.model.endswith(".gguf") else config.model
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = torch.device(config.device or best_device())
+    if device.type == "cuda":
+        hint_at_ranks()
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _fast_dtype(device)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device).eval()

@@ -24,8 +24,7 @@ _COUNTED = 20  # answers that a label's probability is counted from, where there
 _REFUSED = (400, 413, 422)  # by which a server says that one prompt cannot be answered
 
 _LOOPS: dict[int, asyncio.AbstractEventLoop] = {}
-_CLIENTS: dict[tuple[int, OpenAI], Any] = {}
-_KEYS: dict[OpenAI, str] = {}
+_CLIENTS: dict[tuple[Any, ...], Any] = {}
 _PAID: dict[OpenAI, dict[str, Any]] = {}  # answers of a batch that was refused for some of its prompts
 _SAID: set[OpenAI] = set()
 
@@ -48,7 +47,7 @@ class OpenAI(Engine):
             ``ds.map(num_proc=...)`` have it from the environment.
         concurrency: Requests that are under way at a time.
         retries: How often a request is repeated that failed for the server's load, its limits or the network; pauses
-            grow, and are as long as the server asks.
+            grow, and are as long as the server asks, up to two minutes.
         deadline: Seconds after which a request is given up, repetitions included.
 
     Raises:
@@ -74,9 +73,9 @@ class OpenAI(Engine):
                 f"concurrency={self.concurrency}, retries={self.retries}, deadline={self.deadline}; "
                 "expected at least 1, 0, and more than 0 seconds"
             )
-        if self.api_key is not None:
-            _KEYS[self] = self.api_key
-            object.__setattr__(self, "api_key", None)  # out of all state, whoever pickles or prints it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "api_key": None}  # neither in a hash of datasets nor in a pickle
 
     def generate(
         self,
@@ -124,31 +123,37 @@ class OpenAI(Engine):
         """Results of all jobs in their order, `concurrency` at a time."""
         import openai
 
-        paid, results, reasons = _PAID.pop(self, {}), {}, {}
+        paid = _PAID.get(self, {})
+        results: dict[int, Any] = {}
+        reasons: dict[int, str] = {}
+        failures: list[Exception] = []
         queue = iter(enumerate(jobs))
 
         async def work() -> None:
             for position, (key, job) in queue:
-                if key in paid:
-                    results[position] = paid[key]
-                    continue
+                if failures:
+                    return  # what is under way is waited for, as it is paid
                 try:
                     async with asyncio.timeout(self.deadline):
-                        results[position] = await job()
+                        results[position] = paid[key] if key in paid else await job()
                 except openai.APIStatusError as error:
-                    if error.status_code not in _REFUSED:
-                        raise
-                    reasons[position] = f"the server refuses this prompt: {_message(error)}"
+                    if error.status_code in _REFUSED:
+                        reasons[position] = f"the server refuses this prompt: {_message(error)}"
+                    else:
+                        failures.append(error)
+                except Exception as error:
+                    failures.append(error)
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.concurrency, len(jobs))):
-                    group.create_task(work())
-        except* (openai.APIError, TimeoutError) as errors:
-            raise EngineError(self._say(errors.exceptions[0])) from errors.exceptions[0]
+            await asyncio.gather(*(work() for _ in range(min(self.concurrency, len(jobs)))))
         finally:
             if len(results) < len(jobs):
-                _PAID[self] = {jobs[i][0]: result for i, result in results.items()}
+                _PAID[self] = paid | {jobs[i][0]: result for i, result in results.items()}
+            else:
+                _PAID.pop(self, None)
+        if failures:
+            error = self._failure(failures[0])
+            raise error from (failures[0] if error is not failures[0] else None)
         if reasons:
             raise PromptError(reasons)
         return [results[i] for i in range(len(jobs))]
@@ -169,6 +174,8 @@ class OpenAI(Engine):
         while len(texts) < n:  # some servers give one answer a request, whatever n is
             settings = {self._limit: limit, "n": n - len(texts), "temperature": temperature, "top_p": 1.0}
             reply = await self._ask(prompt, settings)
+            if not reply.choices:
+                raise EngineError(f"{self._where} gave a reply without any answer")
             texts += [(choice.message.content or "").strip() for choice in reply.choices]
         return texts[:n]
 
@@ -180,9 +187,10 @@ class OpenAI(Engine):
         if self not in _SAID:
             try:
                 reply = await self._ask(prompt, settings)
-                found = getattr(reply.choices[0].logprobs, "content", None)
-                if found:
-                    return _shares({t.token: float(np.exp(t.logprob)) for t in found[0].top_logprobs}, labels)
+                given = reply.choices[0].logprobs if reply.choices else None
+                if given is not None:  # without content, the model refused to answer
+                    top = given.content[0].top_logprobs if given.content else []
+                    return _shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
             except openai.BadRequestError as error:
                 if "logprobs" not in str(error):
                     raise
@@ -198,26 +206,37 @@ class OpenAI(Engine):
     @property
     def _limit(self) -> str:
         """OpenAI's own models want the newer name; other servers may not know it."""
-        return "max_tokens" if self.base_url or os.environ.get("OPENAI_BASE_URL") else "max_completion_tokens"
+        return "max_completion_tokens" if self._where == "OpenAI" else "max_tokens"
+
+    @property
+    def _where(self) -> str:
+        return self.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
 
     def _client(self) -> Any:
         import openai
 
-        key = (os.getpid(), self)
+        key = (os.getpid(), self._where, self.api_key or os.environ.get("OPENAI_API_KEY"), self.retries, self.deadline)
         if key not in _CLIENTS:
             try:
                 _CLIENTS[key] = openai.AsyncOpenAI(
-                    base_url=self.base_url, api_key=_KEYS.get(self), max_retries=self.retries, timeout=self.deadline
+                    base_url=self.base_url, api_key=self.api_key, max_retries=self.retries, timeout=self.deadline
                 )
             except openai.OpenAIError as error:
                 raise EngineError(f"no API key: set OPENAI_API_KEY, or give api_key= ({error})") from error
         return _CLIENTS[key]
 
-    def _say(self, error: BaseException) -> str:
-        where = self.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
+    def _failure(self, error: Exception) -> Exception:
+        import openai
+
         if isinstance(error, TimeoutError):
-            return f"{where} gave no answer within the deadline of {self.deadline:.0f} s: is it up, and fast enough?"
-        return f"{where} fails for {self.model}: {_message(error)}; answers so far are kept for the next call"
+            return EngineError(
+                f"{self._where} gave no answer within the deadline of {self.deadline:.0f} s: is it up, and fast enough?"
+            )
+        if isinstance(error, openai.APIError):
+            return EngineError(
+                f"{self._where} fails for {self.model}: {_message(error)}; answers so far are kept for the next call"
+            )
+        return error
 
 
 def _message(error: Any) -> str:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import itertools
-import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, Engine, EngineError, Messages
+from clear_datasets.engines import Answers, Asks, Engine, Messages
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import from_gguf, stamp
+from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, plan
+from clear_datasets.engines.vllm_process import LOADED, load
 
-_IN_FLIGHT = 1024  # requests that vLLM holds: enough for its largest batch, few enough for the memory
 _TOP = 20  # log-probabilities that vLLM gives at most, where it cannot be asked for those of the labels
-_WATCH = 1.0  # seconds between two looks at the engine's process
-
-_LOADED: dict[tuple[Any, ...], _Loaded] = {}
 
 
 @dataclass(frozen=True, init=False)
@@ -59,6 +50,7 @@ class VLLM(Engine):
     max_model_len: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
     stamp: str = field(default="", repr=False)
+    adapter_stamp: str = field(default="", repr=False)
 
     def __init__(
         self,
@@ -76,19 +68,20 @@ class VLLM(Engine):
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
             "options": tuple(sorted(options.items())),
-            "stamp": stamp(model) + (stamp(adapter) if adapter else ""),
+            "stamp": stamp(model),  # another engine once the files have changed
+            "adapter_stamp": stamp(adapter) if adapter else "",
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
-        return hash(repr((self._weights, self.adapter, self.stamp)))  # an option may be a dict
+        return hash((self.model, self.revision, self.adapter, self.stamp, self.adapter_stamp))  # options may be dicts
 
     @property
-    def _weights(self) -> tuple[Any, ...]:
+    def weights(self) -> tuple[Any, ...]:
         """What engines that share a loaded model have in common."""
         options = repr(self.options)
-        return (self.model, self.revision, self.gpu_memory_utilization, self.max_model_len, options, stamp(self.model))
+        return (self.model, self.revision, self.gpu_memory_utilization, self.max_model_len, options, self.stamp)
 
     def generate(
         self,
@@ -111,7 +104,7 @@ class VLLM(Engine):
 
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: one queue, so that all that is asked about a row shares its beginning."""
-        loaded = _load(self)
+        loaded = load(self)
         requests, known = plan(asks, loaded.chats)
         masses = known.empty(len(asks.choose))
         generated: list[list[str]] = [[] for _ in asks.generate]
@@ -119,23 +112,23 @@ class VLLM(Engine):
         again: list[Request] = []
         ordered = sorted(requests, key=lambda r: r.ids)  # neighbours share their beginnings
         settings = _Settings(asks, known, loaded.chats)
-        for request, output in loaded.run(((r, settings.of(r)) for r in ordered), self.adapter):
+        for request, output in loaded.run(((r, settings.of(r)) for r in ordered), self):
             if request.kind == "choose":
                 known.add(masses, request.position, request.stem, _Sparse(output.outputs[0].logprobs[0]))
             elif request.kind == "generate":
                 texts = [_text(loaded.chats, o.token_ids) for o in sorted(output.outputs, key=lambda o: o.index)]
                 generated[request.position] = texts * (asks.n // request.draws)
-            elif output.num_cached_tokens >= len(request.ids) - request.tail:
-                again.append(request)  # of what the prefix cache holds there are no logits
+            elif _unread(request, output):
+                again.append(request)
             else:
                 read[request.position] = _tail(request, output)
-        for request, output in loaded.run(((r, settings.of(r, cached=False)) for r in again), self.adapter):
+        for request, output in loaded.run(((r, settings.of(r, cached=False)) for r in again), self):
             read[request.position] = _tail(request, output)
         return Answers(generated, known.probabilities(masses), read)
 
     def close(self) -> None:
         """End vLLM's processes and free the memory; the next call loads anew."""
-        loaded = _LOADED.pop(self._weights, None)
+        loaded = LOADED.pop(self.weights, None)
         if loaded is not None:
             loaded.close()
 
@@ -191,145 +184,18 @@ class _Sparse(dict[int, float]):
 
 
 def _text(chats: Chats, tokens: Sequence[int]) -> str:
-    text: str = chats.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    said = [t for t in tokens if t not in chats.ends]  # vLLM leaves the last one there
+    text: str = chats.tokenizer.decode(said, skip_special_tokens=True)
     return text.strip()
+
+
+def _unread(request: Request, output: Any) -> bool:
+    """Whether the response was in the prefix cache: of what it holds there are no logits."""
+    return bool(
+        output.num_cached_tokens >= len(request.ids) - request.tail or len(output.prompt_logprobs) <= request.tail
+    )
 
 
 def _tail(request: Request, output: Any) -> npt.NDArray[np.float32]:
     said = zip(request.ids[-request.tail :], output.prompt_logprobs[-request.tail :], strict=True)
     return np.array([found[token].logprob for token, found in said], dtype=np.float32)
-
-
-class _Loaded:
-    """A vLLM engine of this process."""
-
-    def __init__(self, config: VLLM) -> None:
-        import vllm
-        from transformers import AutoTokenizer
-
-        source = str(from_gguf(Path(config.model))) if config.model.endswith(".gguf") else config.model
-        options = _defaults() | {"gpu_memory_utilization": config.gpu_memory_utilization} | dict(config.options)
-        self.lora = config.adapter is not None or bool(options.get("enable_lora"))
-        self.llm = vllm.LLM(
-            source,
-            revision=config.revision,
-            max_model_len=config.max_model_len,
-            generation_config="vllm",
-            enable_prefix_caching=True,
-            enable_lora=self.lora,
-            **options,
-        )
-        trusted = bool(options.get("trust_remote_code"))
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=trusted)
-        model = self.llm.llm_engine.model_config
-        self.chats = Chats.of(tokenizer, model.max_model_len, _stated_ends(source, config.revision, model))
-        self.adapters: dict[str, Any] = {}
-        self.numbers = itertools.count()
-        self.pid = os.getpid()
-        threading.Thread(target=_watch, args=(self.llm.llm_engine.engine_core,), daemon=True).start()
-
-    @property
-    def dead(self) -> bool:
-        resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
-        return bool(getattr(resources, "engine_dead", False))
-
-    def run(self, requests: Iterator[tuple[Request, Any]], adapter: str | None) -> Iterator[tuple[Request, Any]]:
-        """Each request and its output, as they are finished."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        engine, lora = self.llm.llm_engine, self._adapter(adapter)
-        flying: dict[str, Request] = {}
-        try:
-            while True:
-                for request, settings in itertools.islice(requests, _IN_FLIGHT - len(flying)):
-                    key = str(next(self.numbers))
-                    flying[key] = request
-                    engine.add_request(key, {"prompt_token_ids": request.ids}, settings, lora_request=lora)
-                if not flying:
-                    return
-                for output in engine.step():
-                    if output.finished and output.request_id in flying:  # others were given up before
-                        yield flying.pop(output.request_id), output
-        except EngineDeadError as error:
-            raise EngineError(
-                f"vLLM's engine process ended while {len(flying)} requests were under way (killed, or out of memory? "
-                "its own messages stand above); the next call starts a fresh one"
-            ) from error
-        finally:
-            if flying and not self.dead:
-                engine.abort_request(list(flying))
-
-    def _adapter(self, folder: str | None) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        if folder is None:
-            return None
-        key = folder + stamp(folder)
-        if key not in self.adapters:
-            number = len(self.adapters) + 1
-            self.adapters[key] = LoRARequest(f"adapter-{number}", number, folder)
-        return self.adapters[key]
-
-    def close(self) -> None:
-        import torch
-
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _load(config: VLLM) -> _Loaded:
-    """The engine of a configuration, loaded at the first call in this process, and again where it died."""
-    loaded = _LOADED.get(config._weights)
-    if loaded is not None and loaded.pid != os.getpid():
-        del _LOADED[config._weights]  # the parent's, which a fork brought along
-    elif loaded is not None and (loaded.dead or (config.adapter and not loaded.lora)):
-        config.close()
-    if config._weights not in _LOADED:
-        _LOADED[config._weights] = _Loaded(config)
-    return _LOADED[config._weights]
-
-
-@atexit.register
-def _close_all() -> None:
-    for loaded in _LOADED.values():
-        if loaded.pid == os.getpid():
-            loaded.close()
-    _LOADED.clear()
-
-
-def _watch(client: Any) -> None:
-    """Wake whoever waits for an engine that died: vLLM's own client would wait for ever."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    resources, outputs = getattr(client, "resources", None), getattr(client, "outputs_queue", None)
-    if resources is None or outputs is None:
-        return  # it runs in this very process
-    del client
-    pause = threading.Event()
-    while not resources.engine_dead:
-        pause.wait(_WATCH)
-    outputs.put(EngineDeadError())
-
-
-def _defaults() -> dict[str, Any]:
-    """Options for this machine; the CPU build needs its threads and its memory named before it starts."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return {}
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}-{cores[-1]}")  # alone it takes one of two
-    return {"block_size": 32, "enforce_eager": True}
-
-
-def _stated_ends(source: str, revision: str | None, model: Any) -> Any:
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
-    except OSError:  # it has no such file
-        return getattr(model.hf_text_config, "eos_token_id", None)

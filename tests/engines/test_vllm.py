@@ -67,10 +67,10 @@ def test_samples_follow_the_models_distribution(vllm, tiny):
 
 
 def test_more_requests_than_are_held_at_a_time(vllm, monkeypatch, prompts):
-    from clear_datasets.engines import vllm as module
+    from clear_datasets.engines import vllm_process as module
 
     wanted = vllm.generate(prompts, max_tokens=8)
-    monkeypatch.setattr(module, "_IN_FLIGHT", 5)
+    monkeypatch.setattr(module, "IN_FLIGHT", 5)
     assert vllm.generate(prompts, max_tokens=8) == wanted
 
 
@@ -109,7 +109,7 @@ def test_one_engine_writes_with_an_adapter_and_judges_without(tmp_path: Path, ti
     import torch
     from safetensors.torch import save_file
 
-    from clear_datasets.engines import vllm as module
+    from clear_datasets.engines import vllm_process as module
     from clear_datasets.engines.vllm import VLLM
 
     torch.manual_seed(0)
@@ -125,9 +125,9 @@ def test_one_engine_writes_with_an_adapter_and_judges_without(tmp_path: Path, ti
     assert base != tuned
     with tuned:
         written = tuned.generate(prompts, max_tokens=8)
-        loaded = dict(module._LOADED)
+        loaded = dict(module.LOADED)
         judged = base.generate(prompts, max_tokens=8)
-        assert dict(module._LOADED) == loaded
+        assert dict(module.LOADED) == loaded
         assert written != judged
         assert judged == Transformers(tiny, dtype="float32").generate(prompts, max_tokens=8)
 
