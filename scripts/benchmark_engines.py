@@ -3,7 +3,8 @@
     python scripts/benchmark_engines.py --model 0.5b --out docs/benchmarks/engines.json
 
 Both run in one process, in turn, with an empty prefix cache. Tokens are vLLM's own counters. `trie` counts what all
-requests of the batch have in common once: no engine can read less.
+requests of the batch have in common once: no engine can read less. With `--agree`, the rows are scored by Transformers,
+too: how far labels' probabilities are apart, and the AUROC of either.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset
 from get_model import MODELS, fetch
 
-from clear_datasets import Clear, noise
+from clear_datasets import Clear, noise, prompts
+from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from clear_datasets.engines.vllm_process import load
+from clear_datasets.formats import infer_rows
 from clear_datasets.steps import SCORES_REVISION
 
 DATA = Path(__file__).parent / "data"
@@ -36,10 +40,10 @@ def counters(llm: Any) -> dict[str, float]:
     return {name: float(found.get(f"vllm:{name}") or 0) for name in names}
 
 
-def trie(prompts: list[list[int]]) -> int:
+def trie(requests: list[list[int]]) -> int:
     """Tokens of all prompts, with what several begin with counted once."""
     total, last = 0, []
-    for ids in sorted(prompts):
+    for ids in sorted(requests):
         common = next((i for i, (a, b) in enumerate(zip(ids, last, strict=False)) if a != b), min(len(ids), len(last)))
         total, last = total + len(ids) - common, ids
     return total
@@ -59,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--agree", action="store_true", help="compare with Transformers instead")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     datasets.disable_progress_bars()
@@ -66,14 +71,16 @@ def main() -> None:
     rows = Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "report")
     batch = noise.other_answer(rows, fraction=0.5, seed=1)[: args.rows]
     with VLLM(model, dtype=args.dtype, disable_log_stats=False) as engine:
-        print(json.dumps(found := compare(engine, batch, args.pairs), indent=1))
+        found = agree(engine, batch) if args.agree else compare(engine, batch, args.pairs)
+    print(json.dumps(found, indent=1))
     import torch
     import vllm
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     entry = {
         "model": Path(model).name.removesuffix(".gguf"),
-        "rows": args.rows,
+        "compared": "vLLM with Transformers" if args.agree else "score on vLLM with the floor",
+        "rows": len(batch["noise"]),
         "scores_revision": SCORES_REVISION,
         "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {gpu}, "
@@ -83,10 +90,33 @@ def main() -> None:
     }
     if args.out:
         old = json.loads(args.out.read_text()) if args.out.exists() else []
-        same = ("model", "rows", "machine")
+        same = ("model", "compared", "rows", "machine")
         args.out.write_text(
             json.dumps([*(e for e in old if any(e[k] != entry[k] for k in same)), entry], indent=1) + "\n"
         )
+
+
+def agree(engine: VLLM, batch: dict[str, list[Any]], resamples: int = 2000) -> dict[str, Any]:
+    """Labels' probabilities and AUROC on both engines; the rows of a resample are the same for both."""
+    plain = Transformers(engine.model, engine.revision, dtype=dict(engine.options)["dtype"])
+    read = infer_rows(batch).read
+    examples = [read({name: column[i] for name, column in batch.items()}) for i in range(len(batch["noise"]))]
+    asked = [p for e in examples for p in prompts.reflect(e.prompt, e.response)]
+    labels = [each.choose(asked, prompts.LABELS) for each in (engine, plain)]
+    values = [np.asarray(Clear(engine=e).score(batch)["clear_confidence"], dtype=float) for e in (engine, plain)]
+    good = np.array([not n for n in batch["noise"]])
+    random = np.random.default_rng(0)
+    draws = [random.integers(0, len(good), len(good)) for _ in range(resamples)]
+    apart = [noise.auroc(values[0][d], good[d]) - noise.auroc(values[1][d], good[d]) for d in draws]
+    return {
+        "label_prompts": len(asked),
+        "most_that_a_label_differs": round(float(np.nanmax(np.abs(labels[0] - labels[1]))), 4),
+        "auroc": {
+            "vllm": round(noise.auroc(values[0], good), 3),
+            "transformers": round(noise.auroc(values[1], good), 3),
+        },
+        "auroc_difference": [round(float(x), 3) for x in np.percentile(apart, [2.5, 50, 97.5])],
+    }
 
 
 def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, Any]:
@@ -102,13 +132,13 @@ def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, 
     loaded.run = recorded  # type: ignore[method-assign]
     clear.score(batch)  # also warms up
     loaded.run = run  # type: ignore[method-assign]
-    prompts, settings = [{"prompt_token_ids": r.ids} for r, _ in sent], [s for _, s in sent]
+    asked, settings = [{"prompt_token_ids": r.ids} for r, _ in sent], [s for _, s in sent]
     size = len(next(iter(batch.values())))
     results = []
     for number in range(pairs):
         both = {
             "score": lambda: clear.score(batch),
-            "floor": lambda: loaded.llm.generate(prompts, settings, use_tqdm=False),
+            "floor": lambda: loaded.llm.generate(asked, settings, use_tqdm=False),
         }
         order = list(both) if number % 2 else list(both)[::-1]
         found = {name: timed(loaded.llm, both[name]) for name in order}
