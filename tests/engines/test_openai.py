@@ -1,0 +1,239 @@
+"""The OpenAI engine against a small server on loopback that fails the way servers do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import pickle
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets.fingerprint import Hasher
+
+from clear_datasets import BSDetector, Clear
+from clear_datasets.engines import Asks, EngineError, PromptError
+
+pytest.importorskip("openai")
+
+from clear_datasets.engines.openai import OpenAI
+
+Reply = tuple[int, dict[str, Any], dict[str, str]]
+
+
+class Server:
+    """A server whose replies a test sets; it counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.reply: Callable[[dict[str, Any]], Reply] = said("fine")
+        self.asked: list[dict[str, Any]] = []
+        self.under_way, self.most = 0, 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.asked.append({**body, "key": self.headers["Authorization"]})
+                    outer.under_way += 1
+                    outer.most = max(outer.most, outer.under_way)
+                status, answer, headers = outer.reply(body)
+                with outer.lock:
+                    outer.under_way -= 1
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+def said(*texts: str, logprobs: dict[str, float] | None = None) -> Callable[[dict[str, Any]], Reply]:
+    """A reply of these texts, one for each of n in turn."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in (logprobs or {}).items()]
+        first = {"token": "x", "logprob": 0.0, "bytes": None, "top_logprobs": top}
+        choices = [
+            {
+                "index": i,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": texts[i % len(texts)]},
+                "logprobs": {"content": [first]} if logprobs else None,
+            }
+            for i in range(body.get("n", 1))
+        ]
+        return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}, {}
+
+    return reply
+
+
+def failed(status: int, message: str, **headers: str) -> Reply:
+    return status, {"error": {"message": message, "type": "x", "code": None}}, headers
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.http.shutdown()
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def content(body: dict[str, Any]) -> str:
+    return str(body["messages"][-1]["content"])
+
+
+def test_many_requests_are_under_way_but_never_more_than_said(server):
+    def slow(body):
+        time.sleep(0.05)
+        return said(content(body) + " ")(body)
+
+    server.reply = slow
+    engine = OpenAI("m", server.url, api_key="k", concurrency=8)
+    texts = [str(i) for i in range(60)]
+    assert engine.generate([ask(t) for t in texts]) == [[t] for t in texts]
+    assert server.most == 8
+    assert {a["temperature"] for a in server.asked} == {0.0}
+    assert {a["top_p"] for a in server.asked} == {1.0}
+
+
+def test_n_answers_even_from_a_server_that_gives_one(server):
+    numbers = iter(range(100))
+    server.reply = lambda body: said(str(next(numbers)))({**body, "n": 1})
+    [texts] = OpenAI("m", server.url, api_key="k").generate([ask("Who?")], n=3, temperature=1.0)
+    assert texts == ["0", "1", "2"]
+
+
+def test_label_probabilities_come_from_the_log_probabilities_of_one_token(server):
+    server.reply = said("x", logprobs={"Yes": 0.3, " Yes": 0.1, "No": 0.2, " no": 0.2, "Maybe": 0.2})
+    found = OpenAI("m", server.url, api_key="k").choose([ask("Right?")], ["Yes", "No"])
+    np.testing.assert_allclose(found, [[0.4 / 0.6, 0.2 / 0.6]], rtol=1e-5)
+    assert server.asked[0]["max_tokens"] == 1
+    assert server.asked[0]["top_logprobs"] == 20
+    server.reply = said("x", logprobs={"Perhaps": 0.9})
+    assert np.isnan(OpenAI("m", server.url, api_key="k").choose([ask("Right?")], ["Yes", "No"])).all()
+
+
+def test_a_server_without_log_probabilities_is_asked_20_times_and_that_is_said_once(server):
+    server.reply = said("Yes.", "Yes, it is", "No", "Who knows")
+    engine = OpenAI("silent", server.url, api_key="k")
+    with pytest.warns(UserWarning, match="counted in 20 answers"):
+        found = engine.choose([ask("Right?"), ask("Sure?")], ["Yes", "No"])
+    np.testing.assert_allclose(found, [[2 / 3, 1 / 3]] * 2, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.choose([ask("Really?")], ["Yes", "No"])
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_fails_for_load_is_tried_again_when_the_server_says(server, status):
+    seen: Counter[str] = Counter()
+
+    def busy(body):
+        seen[content(body)] += 1
+        if seen[content(body)] == 1:
+            return failed(status, "slow down", **{"Retry-After": "1"})
+        return said("fine")(body)
+
+    server.reply = busy
+    started = time.monotonic()
+    assert OpenAI("m", server.url, api_key="k").generate([ask("a"), ask("b")]) == [["fine"], ["fine"]]
+    assert time.monotonic() - started >= 1
+    assert set(seen.values()) == {2}
+
+
+def test_a_refused_prompt_is_named_and_the_others_are_paid_once(server):
+    def refusing(body):
+        return failed(400, "maximum context length is 512 tokens") if content(body) == "long" else said("ok")(body)
+
+    server.reply = refusing
+    engine = OpenAI("m", server.url, api_key="k")
+    with pytest.raises(PromptError) as caught:
+        engine.answer(Asks([ask("a"), ask("long"), ask("b")], 1, 0.0, 8))
+    assert list(caught.value.reasons) == [1]
+    assert "maximum context length" in caught.value.reasons[1]
+    assert engine.answer(Asks([ask("a"), ask("b")], 1, 0.0, 8)).generated == [["ok"], ["ok"]]
+    assert Counter(content(a) for a in server.asked) == {"a": 1, "b": 1, "long": 1}
+
+
+def test_a_wrong_key_ends_the_batch_and_the_right_one_goes_on(server):
+    server.reply = lambda body: failed(401, "Incorrect API key")
+    with pytest.raises(EngineError, match="Incorrect API key"):
+        OpenAI("m", server.url, api_key="wrong", retries=0).generate([ask(str(i)) for i in range(200)])
+    assert len(server.asked) <= 64
+    server.reply = said("fine")
+    assert OpenAI("m", server.url, api_key="right").generate([ask("a")]) == [["fine"]]
+    assert server.asked[-1]["key"] == "Bearer right"
+
+
+def test_what_was_answered_before_a_failure_is_not_asked_again(server):
+    server.reply = lambda body: failed(500, "broken") if content(body) == "7" else said("ok")(body)
+    engine = OpenAI("m", server.url, api_key="k", concurrency=1, retries=0)
+    prompts = [ask(str(i)) for i in range(10)]
+    with pytest.raises(EngineError, match="broken"):
+        engine.generate(prompts)
+    server.reply = said("ok")
+    assert engine.generate(prompts) == [["ok"]] * 10
+    assert Counter(content(a) for a in server.asked) == {**{str(i): 1 for i in range(10)}, "7": 2}
+
+
+def test_a_server_that_is_not_there_or_says_nothing(server, monkeypatch):
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:9/v1 fails for m"):
+        OpenAI("m", "http://127.0.0.1:9/v1", api_key="k", retries=0).generate([ask("a")])
+    server.reply = lambda body: time.sleep(3) or said("late")(body)
+    with pytest.raises(EngineError, match=r"fails for m|deadline of 1 s"):
+        OpenAI("m", server.url, api_key="k", deadline=1.0, retries=0).generate([ask("a")])
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(EngineError, match="OPENAI_API_KEY"):
+        OpenAI("m", server.url).generate([ask("a")])
+
+
+def test_a_key_is_in_no_state(server, monkeypatch):
+    engine = OpenAI("m", server.url, api_key="sk-secret")
+    assert b"sk-secret" not in pickle.dumps(engine)
+    assert "sk-secret" not in repr(Clear(engine=engine))
+    assert Hasher.hash(Clear(engine=engine)) == Hasher.hash(Clear(engine=OpenAI("m", server.url, api_key="other")))
+    monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
+    pickle.loads(pickle.dumps(engine)).generate([ask("a")])
+    assert server.asked[-1]["key"] == "Bearer from the environment"
+
+
+def test_inside_a_running_event_loop(server):
+    async def cell():
+        return OpenAI("m", server.url, api_key="k").generate([ask("a")])
+
+    assert asyncio.run(cell()) == [["fine"]]
+
+
+def test_rows_are_scored_without_log_probabilities_of_their_targets(server):
+    def reply(body):
+        right = "4" if "2 + 2" in str(body["messages"]) else "Rome"
+        likely = {"Yes": 0.9, "No": 0.1} if f"answer: {right}" in str(body["messages"]) else {"Yes": 0.2, "No": 0.8}
+        return said(right, logprobs=likely)(body)
+
+    server.reply = reply
+    rows = {"prompt": ["2 + 2?", "2 + 2?", "Capital?"], "response": ["4", "5", "Rome"]}
+    scored = Clear(engine=OpenAI("m", server.url, api_key="k"), confidence=BSDetector(k=2)).score(rows)
+    np.testing.assert_allclose(scored["clear_consistency"], [1, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(scored["clear_confidence"], [0.97, 0.06, 0.97], atol=1e-5)
