@@ -64,7 +64,7 @@ def _load_files(src: str) -> Dataset:
         raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
     kind = LOADERS[kinds.pop()]
     loaded: Dataset = datasets.load_dataset(kind, data_files=files, split="train", **_OPTIONS.get(kind, {}))
-    if kind == "json" and (texts := _texts(loaded.features)) != loaded.features:
+    if kind == "json" and ((texts := _texts(loaded.features)) != loaded.features or any(map(_is_array, files))):
         known = [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]  # into the name of the cache
         loaded = datasets.Dataset.from_generator(
             _json_rows, features=datasets.Features(texts), gen_kwargs={"files": known, "names": [list(texts)]}
@@ -83,12 +83,16 @@ def _texts(feature: Any) -> Any:
     return type(feature)(_texts(feature.feature)) if hasattr(feature, "feature") else feature
 
 
+def _is_array(file: str) -> bool:
+    """Whether a file is one JSON array: the loader of datasets 4 reads it by pandas, which rounds numbers."""
+    with open(file, encoding="utf-8-sig") as f:
+        return f.read(4096).lstrip().startswith("[")
+
+
 def _json_rows(files: Sequence[tuple[str, int, int]], names: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
     for file, *_ in files:
         text = Path(file).read_text(encoding="utf-8-sig")
-        rows = (
-            json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(str.strip, text.split("\n")))
-        )
+        rows = json.loads(text) if _is_array(file) else map(json.loads, filter(str.strip, text.split("\n")))
         for row in rows:
             yield {name: row.get(name) for name in names[0]}
 

@@ -33,3 +33,21 @@ def test_the_table_of_the_readme_is_that_of_the_results(entry):
 def test_every_result_names_the_one_run_that_made_it(entry):
     assert sorted(name for run in entry["runs"] for name in run["scores"]) == sorted(entry["scores"])
     assert all(run["command"] and run["machine"] and run["date"] for run in entry["runs"])
+
+
+FORMS = {
+    "SQuAD, answers to another question": "squad_other_answer",
+    "SQuAD, wrong sentences": "squad_wrong_sentence",
+    "ARC": "arc",
+    "GSM8K": "gsm8k",
+}
+
+
+@pytest.mark.parametrize("rows", FORMS)
+@pytest.mark.parametrize("form", ["direct", "reasoned"])
+def test_the_table_of_the_forms_is_that_of_the_results(rows, form):
+    scores = next(e["scores"] for e in ENTRIES if e["task"] == FORMS[rows] and "0.5b" in e["model"])
+    names = [f"{form}, {s}{' only' * (form == 'direct')}: consistency" for s in ("jaccard", "embedding", "llm")]
+    names.append("default: reflection" if form == "direct" else "reasoned, jaccard: reflection")
+    expected = [short(scores[name]["auroc"][0]) if name in scores else "not measured" for name in names]
+    assert f"| {rows} | {form} | {' | '.join(expected)} |" in (ROOT / "README.md").read_text().splitlines()
