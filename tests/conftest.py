@@ -17,7 +17,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pytest
 
-from clear_datasets.engines import Engine, Messages, PromptError
+from clear_datasets.engines import Asks, Engine, Messages, PromptError
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -46,7 +46,10 @@ class Scripted(Engine):
         max_tokens: int | Sequence[int] = 512,
     ) -> list[list[str]]:
         self._check(prompts)
-        return [[self._answer(p) for _ in range(n)] for p in prompts]
+        return [
+            [self._answer(p) for _ in range(n)]
+            for p, _ in zip(prompts, Asks(prompts, max_tokens=max_tokens).limits, strict=True)
+        ]
 
     def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
         self._check(prompts)

@@ -30,8 +30,10 @@ class Request:
     tail: int = 0  # read: how many of the last ids are the response
 
 
-def plan(asks: Asks, chats: Chats) -> tuple[list[Request], Labels]:
+def plan(asks: Asks, chats: Chats, spare: int = 0) -> tuple[list[Request], Labels]:
     """The requests that a batch of questions comes to, and the spellings of its labels.
+
+    `spare` tokens are kept free behind each text that is read.
 
     Raises:
         PromptError: Some prompts cannot be answered; see `Engine.answer`.
@@ -39,7 +41,7 @@ def plan(asks: Asks, chats: Chats) -> tuple[list[Request], Labels]:
     known = Labels(asks.labels, chats.tokenizer)
     targets = [chats.response(text) for _, text in asks.read]
     limits = asks.limits
-    reserve = limits + [known.depth] * len(asks.choose) + [len(t) for t in targets]
+    reserve = limits + [known.depth] * len(asks.choose) + [len(t) + spare for t in targets]
     encoded = iter(chats.encode([*asks.generate, *asks.choose, *(p for p, _ in asks.read)], reserve))
     draws = asks.n if asks.temperature > 0 else 1  # at temperature 0 every sample is the same
     requests = [Request(next(encoded), "generate", i, draws, room=room) for i, room in enumerate(limits)]

@@ -105,7 +105,7 @@ class VLLM(Engine):
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: one queue, so that all that is asked about a row shares its beginning."""
         loaded = load(self)
-        requests, known = plan(asks, loaded.chats)
+        requests, known = plan(asks, loaded.chats, spare=1)  # vLLM writes a token after all that it reads
         masses = known.empty(len(asks.choose))
         generated: list[list[str]] = [[] for _ in asks.generate]
         read = [np.empty(0, np.float32) for _ in asks.read]

@@ -56,8 +56,7 @@ class Loaded:
             trust_remote_code=bool(options.get("trust_remote_code")),
         )
         model = self.llm.llm_engine.model_config
-        # One token less: vLLM writes one after each text that it reads.
-        self.chats = Chats.of(tokenizer, model.max_model_len - 1, _stated_ends(source, config.revision, model))
+        self.chats = Chats.of(tokenizer, model.max_model_len, _stated_ends(source, config.revision, model))
         self.adapters: dict[str, Any] = {}
         self.numbers = itertools.count()
         self.lock = threading.Lock()  # vLLM gives any output to whoever asks next
