@@ -35,6 +35,21 @@ def test_every_result_names_the_one_run_that_made_it(entry):
     assert all(run["command"] and run["machine"] and run["date"] for run in entry["runs"])
 
 
+@pytest.mark.parametrize(
+    ("task", "model", "least"),
+    [
+        ("squad_other_answer", "0.5b", 0.92),
+        ("squad_wrong_sentence", "0.5b", 0.90),
+        ("squad_other_answer", "1.5b", 0.96),
+    ],
+)
+def test_the_default_finds_wrong_targets(task, model, least):
+    entry = next(e for e in ENTRIES if e["task"] == task and model in e["model"])
+    assert entry["half"] == "report"
+    assert entry["rows"] >= 200
+    assert entry["scores"]["default: confidence"]["auroc"][0] >= least
+
+
 FORMS = {
     "SQuAD, answers to another question": "squad_other_answer",
     "SQuAD, wrong sentences": "squad_wrong_sentence",
