@@ -66,7 +66,7 @@ class Clear:
 
         Args:
             batch: Columns of a batch of rows, in any format of a dataset but those of pandas and polars.
-            rank: Number of the worker process, from ``with_rank=True``: GPU `rank` is used.
+            rank: Number of the worker process, from ``with_rank=True``: its share of the GPUs is used.
 
         Returns:
             The new columns, or the table with them where the dataset's format is Arrow: ``clear_confidence``,
@@ -81,7 +81,7 @@ class Clear:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
         if rank is not None:
-            use_rank(rank)
+            use_rank(rank, self.engine.gpus if self.engine else 1)
         examples, errors = self._read(_columns(batch))
         sound = [i for i, example in enumerate(examples) if example is not None]
         scores: dict[str, npt.NDArray[np.float32]] = {

@@ -81,6 +81,11 @@ class Engine(Protocol):
 
     reads: ClassVar[bool] = True
 
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it takes, where there are any."""
+        return 1
+
     def generate(
         self,
         prompts: Sequence[Messages],
@@ -158,7 +163,8 @@ def default_engine(model: str, revision: str | None = None) -> Engine:
     """The engine that suits this machine: `VLLM` where it is installed and a GPU is there, else `Transformers`."""
     import torch
 
-    if torch.cuda.is_available() and importlib.util.find_spec("vllm"):
+    # Not is_available, which asks the driver: no process that is forked afterwards could use the GPU.
+    if torch.cuda.device_count() and importlib.util.find_spec("vllm"):
         from clear_datasets.engines.vllm import VLLM
 
         return VLLM(model, revision)
@@ -170,30 +176,39 @@ def default_engine(model: str, revision: str | None = None) -> Engine:
 _RANKS: dict[int, int] = {}  # of this process: at most one
 
 
-def use_rank(rank: int) -> None:
-    """Give this process the GPU of its rank, for ``ds.map(..., num_proc=n, with_rank=True)``; none without GPUs."""
+def use_rank(rank: int, gpus: int = 1) -> None:
+    """Give this process the GPUs of its rank, for ``ds.map(..., num_proc=n, with_rank=True)``; none without GPUs.
+
+    Raises:
+        ValueError: There are fewer GPUs than that.
+    """
     import torch
 
-    if not torch.cuda.is_available() or os.getpid() in _RANKS:
-        return
-    _RANKS[os.getpid()] = rank
     count = torch.cuda.device_count()
+    if not count or os.getpid() in _RANKS:
+        return
+    if (rank + 1) * gpus > count:
+        raise ValueError(
+            f"rank {rank} has no GPU left: this machine has {count}, and each process takes {gpus}; "
+            f"expected num_proc={count // gpus} at most"
+        )
+    _RANKS[os.getpid()] = rank
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d] or [str(i) for i in range(count)]
-    if torch.cuda.is_initialized():
-        torch.cuda.set_device(rank % count)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(rank * gpus)
     else:  # vLLM's own processes see nothing but the environment
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank % count]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[rank * gpus : (rank + 1) * gpus])
     cache = os.environ.get("VLLM_CACHE_ROOT") or os.path.expanduser("~/.cache/vllm")
     os.environ["VLLM_CACHE_ROOT"] = f"{cache}/rank{rank}"  # processes that compile at once would overwrite each other
 
 
-def hint_at_ranks() -> None:
+def hint_at_ranks(gpus: int = 1) -> None:
     """Say that there are more GPUs than this process uses."""
     import torch
 
-    if (count := torch.cuda.device_count()) > 1 and os.getpid() not in _RANKS:
+    if (count := torch.cuda.device_count()) >= 2 * gpus and os.getpid() not in _RANKS:
         warnings.warn(
-            f"this machine has {count} GPUs and one of them is used; ds.map(clear.score, batched=True, "
-            f"num_proc={count}, with_rank=True) takes all, after multiprocess.set_start_method('spawn')",
+            f"this machine has {count} GPUs, of which this process uses {gpus}; ds.map(clear.score, batched=True, "
+            f"num_proc={count // gpus}, with_rank=True) takes all, after multiprocess.set_start_method('spawn')",
             stacklevel=2,
         )

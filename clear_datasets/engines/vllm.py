@@ -78,6 +78,12 @@ class VLLM(Engine):
         return hash((self.model, self.revision, self.adapter, self.stamp, self.adapter_stamp))  # options may be dicts
 
     @property
+    def gpus(self) -> int:
+        """See `Engine.gpus`."""
+        options = dict(self.options)
+        return int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
+
+    @property
     def weights(self) -> tuple[Any, ...]:
         """What engines that share a loaded model have in common."""
         options = repr(self.options)

@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,20 @@ if TYPE_CHECKING:
 IN_FLIGHT = 1024  # requests that vLLM holds: enough for its largest batch, few enough for the memory
 _WATCH = 1.0  # seconds between two looks at the engine's process
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters, that vLLM can be started for
+
+# Waits until the process that started it has ended, then ends those whose numbers it was given.
+_GUARD = """
+import os, signal, sys, time
+sys.stdin.read()
+for sign, tries in ((signal.SIGTERM, 50), (signal.SIGKILL, 1)):
+    for _ in range(tries):
+        for pid in map(int, sys.argv[1:]):
+            try:
+                os.kill(pid, sign)
+            except OSError:
+                pass
+        time.sleep(0.1)
+"""
 
 LOADED: dict[tuple[Any, ...], Loaded] = {}
 
@@ -61,14 +77,19 @@ class Loaded:
         self.numbers = itertools.count()
         self.lock = threading.Lock()  # vLLM gives any output to whoever asks next
         self.pid = os.getpid()
+        self.guard = _guard([p.pid for p in self._processes])
         threading.Thread(target=_watch, args=(self.llm.llm_engine.engine_core,), daemon=True).start()
 
     @property
     def dead(self) -> bool:
         """Whether any of its processes ended."""
         resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
-        processes = getattr(getattr(resources, "engine_manager", None), "processes", ())
-        return bool(getattr(resources, "engine_dead", False)) or not all(p.is_alive() for p in processes)
+        return bool(getattr(resources, "engine_dead", False)) or not all(p.is_alive() for p in self._processes)
+
+    @property
+    def _processes(self) -> list[Any]:
+        resources = getattr(self.llm.llm_engine.engine_core, "resources", None)
+        return list(getattr(getattr(resources, "engine_manager", None), "processes", ()))
 
     def run(self, requests: Iterator[tuple[Request, Any]], config: VLLM) -> Iterator[tuple[Request, Any]]:
         """Each request and its output, as they are finished."""
@@ -121,9 +142,11 @@ class Loaded:
         import torch
 
         self.llm.llm_engine.engine_core.shutdown()
+        self.guard.kill()
+        self.guard.communicate()
         del self.llm
         gc.collect()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
 
@@ -136,7 +159,7 @@ def load(config: VLLM) -> Loaded:
         config.close()
     if config.weights not in LOADED:
         _make_room(config)
-        hint_at_ranks()
+        hint_at_ranks(config.gpus)
         LOADED[config.weights] = Loaded(config)
     return LOADED[config.weights]
 
@@ -175,6 +198,16 @@ def _watch(client: Any) -> None:
     for future in list(calls.values()):
         with contextlib.suppress(Exception):  # it may be done
             future.set_exception(EngineDeadError())
+
+
+def _guard(pids: list[int]) -> subprocess.Popen[bytes]:
+    """A process that ends vLLM's when this one was killed: they would stay for ever, and keep the GPU's memory.
+
+    So ends each worker of ``ds.map(num_proc=...)``: nothing that is registered to run at its exit does.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _GUARD, *map(str, pids)]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 @contextlib.contextmanager
