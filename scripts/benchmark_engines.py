@@ -3,7 +3,8 @@
     python scripts/benchmark_engines.py --model 0.5b --out docs/benchmarks/engines.json
 
 Both run in one process, in turn, with an empty prefix cache. Tokens are vLLM's own counters. `trie` counts what all
-requests of the batch have in common once: no engine can read less. With `--agree`, the rows are scored by Transformers,
+requests of the batch have in common once: no engine can read less. On a GPU its utilisation is asked of nvidia-smi, twice
+a second. With `--agree`, the rows are scored by Transformers,
 too: how far labels' probabilities are apart, and the AUROC of either.
 """
 
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,12 +53,23 @@ def trie(requests: list[list[int]]) -> int:
     return total
 
 
-def timed(llm: Any, job: Any) -> tuple[float, dict[str, float]]:
+SMI = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=500"]
+
+
+def timed(llm: Any, job: Any) -> dict[str, float]:
     llm.reset_prefix_cache()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    command = SMI + ([f"--id={visible}"] if visible else [])
+    smi = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if shutil.which(SMI[0]) else None
     before, started = counters(llm), time.perf_counter()
     job()
-    seconds = time.perf_counter() - started
-    return seconds, {name: value - before[name] for name, value in counters(llm).items()}
+    found = {"seconds": round(time.perf_counter() - started, 2)}
+    found |= {name: value - before[name] for name, value in counters(llm).items()}
+    if smi is not None:
+        smi.terminate()
+        busy = [float(line) for line in smi.communicate()[0].split()]
+        found["gpu_utilisation"] = round(statistics.mean(busy) / 100, 3)
+    return found
 
 
 def main() -> None:
@@ -119,6 +134,10 @@ def agree(engine: VLLM, batch: dict[str, list[Any]], resamples: int = 2000) -> d
     }
 
 
+def median(results: list[dict[str, dict[str, float]]], name: str, which: str = "score") -> float:
+    return statistics.median(r[which][name] for r in results)
+
+
 def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, Any]:
     clear, loaded = Clear(engine=engine), load(engine)
     sent: list[tuple[Any, Any]] = []
@@ -141,16 +160,18 @@ def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, 
             "floor": lambda: loaded.llm.generate(asked, settings, use_tqdm=False),
         }
         order = list(both) if number % 2 else list(both)[::-1]
-        found = {name: timed(loaded.llm, both[name]) for name in order}
-        results.append({name: {"seconds": round(s, 2), **tokens} for name, (s, tokens) in found.items()})
+        results.append({name: timed(loaded.llm, both[name]) for name in order})
         print(json.dumps(results[-1]), flush=True)
     ratios = sorted(r["score"]["seconds"] / r["floor"]["seconds"] for r in results)
     least = trie([r.ids for r, _ in sent])
     once = sum(len(ids) for ids in {tuple(r.ids) for r, _ in sent})
+    seconds = median(results, "seconds")
     prefilled = [r["score"]["prefix_cache_queries"] - r["score"]["prefix_cache_hits"] for r in results]
     return {
-        "rows_per_second": round(size / statistics.median(r["score"]["seconds"] for r in results), 3),
-        "floor_rows_per_second": round(size / statistics.median(r["floor"]["seconds"] for r in results), 3),
+        "rows_per_second": round(size / seconds, 3),
+        "floor_rows_per_second": round(size / median(results, "seconds", "floor"), 3),
+        "generated_tokens_per_second": round(median(results, "generation_tokens") / seconds, 1),
+        "gpu_utilisation": median(results, "gpu_utilisation") if "gpu_utilisation" in results[0]["score"] else None,
         "time_over_floor": {
             "median": round(statistics.median(ratios), 3), "least": round(ratios[0], 3), "most": round(ratios[-1], 3)
         },
@@ -158,7 +179,7 @@ def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, 
             "each distinct prompt once": round(once / size, 1),
             "trie": round(least / size, 1),
             "prefilled": round(statistics.median(prefilled) / size, 1),
-            "generated": round(statistics.median(r["score"]["generation_tokens"] for r in results) / size, 1),
+            "generated": round(median(results, "generation_tokens") / size, 1),
         },
         "prefix_cache_hit_rate": round(
             statistics.median(
