@@ -3,8 +3,8 @@
     python scripts/benchmark_engines.py --model 0.5b --out docs/benchmarks/engines.json
 
 Both run in one process, in turn, with an empty prefix cache. Tokens are vLLM's own counters. `trie` counts what all
-requests of the batch have in common once: no engine can read less. On a GPU its utilisation is asked of nvidia-smi, twice
-a second. With `--agree`, the rows are scored by Transformers,
+requests of the batch have in common once: no engine can read less. On a GPU nvidia-smi is asked for its
+utilisation, twice a second. With `--agree`, the rows are scored by Transformers,
 too: how far labels' probabilities are apart, and the AUROC of either.
 """
 
