@@ -35,6 +35,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "score":  # made when asked for, so that CLEAR_MODEL is read then
-        return Clear().score
+    if name in ("score", "close"):  # made when asked for, so that CLEAR_MODEL is read then
+        return getattr(Clear(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -97,6 +97,10 @@ class Clear:
         added = {**scores, "clear_error": errors}
         return added if isinstance(batch, Mapping) else _beside(batch, added)
 
+    def close(self) -> None:
+        """Free the memory of the model in this process, for fine-tuning, say; the next step loads it anew."""
+        (self.engine or default_engine(self.model, self.revision)).close()
+
     @staticmethod
     def features(features: Features) -> Features:
         """The schema that `score` leaves behind, for ``ds.map(clear.score, batched=True, features=...)``.

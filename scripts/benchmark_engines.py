@@ -3,14 +3,18 @@
     python scripts/benchmark_engines.py --model 0.5b --out docs/benchmarks/engines.json
 
 Both run in one process, in turn, with an empty prefix cache. Tokens are vLLM's own counters. `trie` counts what all
-requests of the batch have in common once: no engine can read less. On a GPU nvidia-smi is asked for its
-utilisation, twice a second. With `--agree`, the rows are scored by Transformers,
-too: how far labels' probabilities are apart, and the AUROC of either.
+requests of the batch have in common once: no engine can read less. On a GPU nvidia-smi is asked for its utilisation,
+twice a second.
+
+With `--others`, rows/s of the same rows on each engine, in turn: vLLM, Transformers, and OpenAI on a server of the
+same model on loopback. With `--agree`, the rows are scored by vLLM and Transformers: how far labels' probabilities are
+apart, and the AUROC of either.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -20,6 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,8 @@ from datasets import Dataset
 from get_model import MODELS, fetch
 
 from clear_datasets import Clear, noise, prompts
+from clear_datasets.engines.checkpoint import from_gguf
+from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from clear_datasets.engines.vllm_process import load
@@ -78,7 +86,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--agree", action="store_true", help="compare with Transformers instead")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--agree", action="store_true", help="compare with Transformers instead")
+    what.add_argument("--others", action="store_true", help="time every engine instead")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     datasets.disable_progress_bars()
@@ -86,7 +96,10 @@ def main() -> None:
     rows = Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "report")
     batch = noise.other_answer(rows, fraction=0.5, seed=1)[: args.rows]
     with VLLM(model, dtype=args.dtype, disable_log_stats=False) as engine:
-        found = agree(engine, batch) if args.agree else compare(engine, batch, args.pairs)
+        if args.others:
+            found = others(engine, batch, args.pairs)
+        else:
+            found = agree(engine, batch) if args.agree else compare(engine, batch, args.pairs)
     print(json.dumps(found, indent=1))
     import torch
     import vllm
@@ -94,7 +107,11 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     entry = {
         "model": Path(model).name.removesuffix(".gguf"),
-        "compared": "vLLM with Transformers" if args.agree else "score on vLLM with the floor",
+        "compared": "vLLM with Transformers"
+        if args.agree
+        else "score on every engine"
+        if args.others
+        else "score on vLLM with the floor",
         "rows": len(batch["noise"]),
         "scores_revision": SCORES_REVISION,
         "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
@@ -166,7 +183,7 @@ def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, 
     least = trie([r.ids for r, _ in sent])
     once = sum(len(ids) for ids in {tuple(r.ids) for r, _ in sent})
     seconds = median(results, "seconds")
-    prefilled = [r["score"]["prefix_cache_queries"] - r["score"]["prefix_cache_hits"] for r in results]
+    hits, prompts_read = median(results, "prefix_cache_hits"), median(results, "prompt_tokens")
     return {
         "rows_per_second": round(size / seconds, 3),
         "floor_rows_per_second": round(size / median(results, "seconds", "floor"), 3),
@@ -178,16 +195,69 @@ def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, 
         "tokens_per_row": {
             "each distinct prompt once": round(once / size, 1),
             "trie": round(least / size, 1),
-            "prefilled": round(statistics.median(prefilled) / size, 1),
+            "prefilled": round((prompts_read - hits) / size, 1),  # some requests do not look into the cache
             "generated": round(median(results, "generation_tokens") / size, 1),
         },
-        "prefix_cache_hit_rate": round(
-            statistics.median(
-                r["score"]["prefix_cache_hits"] / max(r["score"]["prefix_cache_queries"], 1) for r in results
-            ), 3
-        ),
+        "prefix_cache_hit_rate": round(hits / prompts_read, 3),
         "pairs": results,
     }  # fmt: skip
+
+
+def others(engine: VLLM, batch: dict[str, list[Any]], rounds: int) -> dict[str, Any]:
+    """Rows/s on each engine; each scores the first rows once before, to load."""
+    with serving(engine) as url:
+        every: dict[str, Any] = {
+            "vllm": engine,
+            "transformers": Transformers(engine.model, engine.revision, dtype=dict(engine.options)["dtype"]),
+            "openai": OpenAI("served", url),
+        }
+        for each in every.values():
+            Clear(engine=each).score({name: column[:2] for name, column in batch.items()})
+        results: list[dict[str, float]] = []
+        for number in range(rounds):
+            results.append({})
+            for name in list(every)[:: 1 if number % 2 else -1]:
+                load(engine).llm.reset_prefix_cache()
+                root = url.removesuffix("/v1")
+                urllib.request.urlopen(urllib.request.Request(f"{root}/reset_prefix_cache", method="POST"))
+                started = time.perf_counter()
+                Clear(engine=every[name]).score(batch)
+                results[-1][name] = round(time.perf_counter() - started, 2)
+            print(json.dumps(results[-1]), flush=True)
+    size = len(batch["noise"])
+    rates = {name: sorted(size / r[name] for r in results) for name in every}
+    return {
+        "rows_per_second": {name: round(statistics.median(found), 3) for name, found in rates.items()},
+        "least_and_most": {name: [round(found[0], 3), round(found[-1], 3)] for name, found in rates.items()},
+        "seconds": results,
+    }
+
+
+@contextlib.contextmanager
+def serving(engine: VLLM) -> Iterator[str]:
+    """A vLLM server of the engine's model on loopback; its address."""
+    port = 8211
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(from_gguf(Path(engine.model))),
+    ]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "served", "--block-size", "32"]
+    command += ["--generation-config", "vllm", "--enforce-eager", "--dtype", dict(engine.options)["dtype"]]
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}
+    with subprocess.Popen(command, env={**os.environ, **own}, stdout=sys.stderr) as process:
+        while process.poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(1)
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
         "eos_token_id": vocabulary["<|end|>"], "pad_token_id": 0, "initializer_range": 0.3,
     } | config  # fmt: skip
-    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.lm_head.weight.data[[vocabulary["Yes"], vocabulary["No"]]] *= 2  # it says them often
+    model.save_pretrained(folder)
     return folder
 
 

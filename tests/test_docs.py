@@ -66,3 +66,23 @@ def test_the_table_of_the_forms_is_that_of_the_results(rows, form):
     names.append("default: reflection" if form == "direct" else "reasoned, jaccard: reflection")
     expected = [short(scores[name]["auroc"][0]) if name in scores else "not measured" for name in names]
     assert f"| {rows} | {form} | {' | '.join(expected)} |" in (ROOT / "README.md").read_text().splitlines()
+
+
+ENGINES = json.loads((ROOT / "docs" / "benchmarks" / "engines.json").read_text())
+
+
+def test_vllm_loses_little_time_and_reads_little_twice():
+    found = [e for e in ENGINES if e["compared"] == "score on vLLM with the floor"]
+    assert found
+    for entry in found:
+        assert len(entry["pairs"]) >= 5
+        assert entry["time_over_floor"]["median"] <= 1.05
+        tokens = entry["tokens_per_row"]
+        assert tokens["prefilled"] <= 1.3 * tokens["each distinct prompt once"]
+
+
+def test_vllm_and_transformers_agree():
+    [entry] = [e for e in ENGINES if e["compared"] == "vLLM with Transformers"]
+    assert entry["label_prompts"] >= 200
+    assert entry["most_that_a_label_differs"] <= 0.02
+    assert abs(entry["auroc"]["vllm"] - entry["auroc"]["transformers"]) <= 0.02

@@ -17,7 +17,7 @@ Messages = Sequence[dict[str, str]]
 
 
 class PromptError(ValueError):
-    """Some prompts of a batch cannot be answered; nothing was generated for any of them.
+    """Some prompts of a batch cannot be answered; the answers to the others are not returned.
 
     Attributes:
         reasons: Position of each such prompt in the batch, and what is wrong with it.
@@ -141,6 +141,9 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Free the memory that it holds in this process; the next call loads anew."""
+
     def answer(self, asks: Asks) -> Answers:
         """All that is asked about a batch; engines that gain from having it in one queue override this.
 
@@ -209,6 +212,7 @@ def hint_at_ranks(gpus: int = 1) -> None:
     if (count := torch.cuda.device_count()) >= 2 * gpus and os.getpid() not in _RANKS:
         warnings.warn(
             f"this machine has {count} GPUs, of which this process uses {gpus}; ds.map(clear.score, batched=True, "
-            f"num_proc={count // gpus}, with_rank=True) takes all, after multiprocess.set_start_method('spawn')",
+            f"num_proc={count // gpus}, with_rank=True) takes all, after clear.close() and "
+            "multiprocess.set_start_method('spawn', force=True)",
             stacklevel=2,
         )

@@ -61,6 +61,16 @@ def load(config: Transformers) -> Checkpoint:
     return _LOADED[config]
 
 
+def unload(config: Transformers) -> None:
+    """Free what `load` holds."""
+    checkpoint = _LOADED.pop(config, None)
+    if checkpoint is not None and checkpoint.device.type == "cuda":
+        import torch
+
+        del checkpoint
+        torch.cuda.empty_cache()
+
+
 def _load(config: Transformers) -> Checkpoint:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import warnings
 from collections import Counter
@@ -22,14 +23,23 @@ _TOP = 20  # log-probabilities that servers give at most
 _MIN_MASS = 0.01  # labels that together hold less were not what the model wanted to say
 _COUNTED = 20  # answers that a label's probability is counted from, where there are no log-probabilities
 _REFUSED = (400, 413, 422)  # by which a server says that one prompt cannot be answered
+_ALL = 20  # so many requests refused with the same words: it is not the prompts
 
 _LOOPS: dict[int, asyncio.AbstractEventLoop] = {}
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
 _PAID: dict[OpenAI, dict[str, Any]] = {}  # answers of a batch that was refused for some of its prompts
-_SAID: set[OpenAI] = set()
+_SERVERS: dict[OpenAI, _Server] = {}
 
 T = TypeVar("T")
 _Job = Callable[[], Coroutine[Any, Any, Any]]
+
+
+@dataclass
+class _Server:
+    """What a server was found to take, and to refuse: a system role, several answers, log-probabilities, ..."""
+
+    has: set[str] = field(default_factory=set)
+    lacks: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,11 @@ class OpenAI(Engine):
     Args:
         model: The server's name for it.
         base_url: Of the server, up to ``/v1``; ``OPENAI_BASE_URL``, else OpenAI itself, by default.
-        api_key: ``OPENAI_API_KEY`` by default. It is in no state and no hash: worker processes of
-            ``ds.map(num_proc=...)`` have it from the environment.
+        api_key: ``OPENAI_API_KEY`` by default; servers of your own may need none. It is in no state and no hash: worker
+            processes of ``ds.map(num_proc=...)`` have it from the environment.
         concurrency: Requests that are under way at a time.
-        retries: How often a request is repeated that failed for the server's load, its limits or the network; pauses
-            grow, and are as long as the server asks, up to two minutes.
+        retries: How often a request is repeated that failed for the server's load, its limits or the network. Pauses
+            grow to 8 seconds, or are as long as the server asks; one that asks for over two minutes is not waited for.
         deadline: Seconds after which a request is given up, repetitions included.
 
     Raises:
@@ -55,7 +65,7 @@ class OpenAI(Engine):
 
     Example:
         >>> OpenAI("gpt-4o-mini", api_key="secret")
-        OpenAI(model='gpt-4o-mini', base_url=None, concurrency=64, retries=8, deadline=600.0)
+        OpenAI(model='gpt-4o-mini', base_url=None, concurrency=64, retries=12, deadline=600.0)
     """
 
     reads: ClassVar[bool] = False
@@ -64,7 +74,7 @@ class OpenAI(Engine):
     base_url: str | None = None
     api_key: str | None = field(default=None, repr=False, compare=False)
     concurrency: int = field(default=64, compare=False)
-    retries: int = field(default=8, compare=False)
+    retries: int = field(default=12, compare=False)
     deadline: float = field(default=600.0, compare=False)
 
     def __post_init__(self) -> None:
@@ -123,7 +133,7 @@ class OpenAI(Engine):
         """Results of all jobs in their order, `concurrency` at a time."""
         import openai
 
-        paid = _PAID.get(self, {})
+        paid = _PAID.setdefault(self, {})
         results: dict[int, Any] = {}
         reasons: dict[int, str] = {}
         failures: list[Exception] = []
@@ -138,7 +148,7 @@ class OpenAI(Engine):
                         results[position] = paid[key] if key in paid else await job()
                 except openai.APIStatusError as error:
                     if error.status_code in _REFUSED:
-                        reasons[position] = f"the server refuses this prompt: {_message(error)}"
+                        reasons[position] = f"the server refuses this prompt: {self._message(error)}"
                     else:
                         failures.append(error)
                 except Exception as error:
@@ -148,26 +158,44 @@ class OpenAI(Engine):
             await asyncio.gather(*(work() for _ in range(min(self.concurrency, len(jobs)))))
         finally:
             if len(results) < len(jobs):
-                _PAID[self] = paid | {jobs[i][0]: result for i, result in results.items()}
-            else:
-                _PAID.pop(self, None)
+                paid |= {jobs[i][0]: result for i, result in results.items()}
         if failures:
-            error = self._failure(failures[0])
-            raise error from (failures[0] if error is not failures[0] else None)
+            raise self._failure(failures[0]) from None  # a server may have put the key into its words
+        if len(reasons) == len(jobs) >= _ALL and len(set(reasons.values())) == 1:
+            raise EngineError(f"{self._where} refuses all of {len(jobs)} requests to {self.model} alike: {reasons[0]}")
         if reasons:
             raise PromptError(reasons)
+        for key, _ in jobs:
+            paid.pop(key, None)
         return [results[i] for i in range(len(jobs))]
 
     async def _ask(self, prompt: Messages, settings: dict[str, Any]) -> Any:
+        """A completion; what a server may not take is left out where that helps."""
         import openai
 
-        create = partial(self._client().chat.completions.create, model=self.model, **settings)
-        try:
-            return await create(messages=list(prompt))
-        except openai.BadRequestError:
-            if prompt[0]["role"] != "system" or len(prompt) < 2:
-                raise
-        return await create(messages=without_system(prompt))  # its chat template may have no such role
+        server = _SERVERS.setdefault(self, _Server())
+        system = prompt[0]["role"] == "system" and len(prompt) > 1
+        features = {"thinking": self._own, "system": system, "n": settings.get("n", 1) > 1}
+        used = {feature for feature, wanted in features.items() if wanted} - server.lacks
+        unsure = sorted(used - server.has)
+        refusals: list[openai.APIStatusError] = []
+        for without in ([], *([each] for each in unsure), *([unsure] if len(unsure) > 1 else [])):
+            taken = used - set(without)
+            joined = system and "system" not in taken
+            request = {**settings, "messages": without_system(prompt) if joined else list(prompt)}
+            if "n" not in taken:
+                request.pop("n", None)
+            if "thinking" in taken:  # a model that thinks first would say neither a label nor an answer
+                request["extra_body"] = {"chat_template_kwargs": {"enable_thinking": False}}
+            try:
+                reply = await self._client().chat.completions.create(model=self.model, **request)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                refusals.append(error)
+            else:
+                server.has |= taken
+                server.lacks |= set(without)
+                return reply
+        raise refusals[0]
 
     async def _write(self, prompt: Messages, n: int, temperature: float, limit: int) -> list[str]:
         texts: list[str] = []
@@ -184,29 +212,35 @@ class OpenAI(Engine):
 
         # At temperature 1 it does not matter whether a server gives probabilities before or after it.
         settings = {self._limit: 1, "temperature": 1.0, "top_p": 1.0, "logprobs": True, "top_logprobs": _TOP}
-        if self not in _SAID:
+        server = _SERVERS.setdefault(self, _Server())
+        if "logprobs" not in server.lacks:
             try:
                 reply = await self._ask(prompt, settings)
                 given = reply.choices[0].logprobs if reply.choices else None
                 if given is not None:  # without content, the model refused to answer
                     top = given.content[0].top_logprobs if given.content else []
                     return _shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
-            except openai.BadRequestError as error:
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if "logprobs" not in str(error):
                     raise
-            if self not in _SAID:
-                _SAID.add(self)
+            if "logprobs" not in server.lacks:
+                server.lacks.add("logprobs")
                 warnings.warn(
                     f"{self.model} gives no log-probabilities: labels are counted in {_COUNTED} answers", stacklevel=2
                 )
         texts = await self._write(prompt, _COUNTED, 1.0, 8)
-        said = Counter(text.lstrip(" \n*\"'") for text in texts)
+        said = Counter(text.lstrip(" \n*\"'(") for text in texts)
         return _shares({text: count / _COUNTED for text, count in said.items()}, labels, whole=False)
+
+    @property
+    def _own(self) -> bool:
+        """Whether it is a server of one's own, or of anybody but OpenAI."""
+        return self._where != "OpenAI"
 
     @property
     def _limit(self) -> str:
         """OpenAI's own models want the newer name; other servers may not know it."""
-        return "max_completion_tokens" if self._where == "OpenAI" else "max_tokens"
+        return "max_tokens" if self._own else "max_completion_tokens"
 
     @property
     def _where(self) -> str:
@@ -215,15 +249,19 @@ class OpenAI(Engine):
     def _client(self) -> Any:
         import openai
 
-        key = (os.getpid(), self._where, self.api_key or os.environ.get("OPENAI_API_KEY"), self.retries, self.deadline)
+        secret = self._key or ("none" if self._own else "")
+        if not secret:
+            raise EngineError("no API key: set OPENAI_API_KEY, or give api_key=")
+        key = (os.getpid(), self._where, secret, self.retries, self.deadline)
         if key not in _CLIENTS:
-            try:
-                _CLIENTS[key] = openai.AsyncOpenAI(
-                    base_url=self.base_url, api_key=self.api_key, max_retries=self.retries, timeout=self.deadline
-                )
-            except openai.OpenAIError as error:
-                raise EngineError(f"no API key: set OPENAI_API_KEY, or give api_key= ({error})") from error
+            _CLIENTS[key] = openai.AsyncOpenAI(
+                base_url=self.base_url, api_key=secret, max_retries=self.retries, timeout=self.deadline
+            )
         return _CLIENTS[key]
+
+    @property
+    def _key(self) -> str:
+        return self.api_key or os.environ.get("OPENAI_API_KEY") or ""
 
     def _failure(self, error: Exception) -> Exception:
         import openai
@@ -234,14 +272,14 @@ class OpenAI(Engine):
             )
         if isinstance(error, openai.APIError):
             return EngineError(
-                f"{self._where} fails for {self.model}: {_message(error)}; answers so far are kept for the next call"
+                f"{self._where} fails for {self.model}: {self._message(error)}; answers so far are kept in this process"
             )
         return error
 
-
-def _message(error: Any) -> str:
-    body = getattr(error, "body", None)
-    return str((body.get("message") if isinstance(body, dict) else None) or error)
+    def _message(self, error: Any) -> str:
+        body = getattr(error, "body", None)
+        text = str((body.get("message") if isinstance(body, dict) else None) or error)
+        return text.replace(self._key, "***") if len(self._key) >= 8 else text  # some servers repeat it
 
 
 def _shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) -> list[float]:
@@ -249,7 +287,7 @@ def _shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) 
     totals = dict.fromkeys(labels, 0.0)
     for text, probability in found.items():
         said = text.strip()
-        owners = [label for label in labels if (label.startswith(said) if whole else said.startswith(label))]
+        owners = [label for label in labels if (label.startswith(said) if whole else _begins(said, label))]
         exact = [label for label in owners if label == said]
         if said and len(exact or owners) == 1:  # a token that begins several labels tells nothing
             totals[(exact or owners)[0]] += probability
@@ -257,6 +295,10 @@ def _shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) 
             totals[max(owners, key=len)] += probability
     mass = sum(totals.values())
     return [total / mass if mass >= _MIN_MASS else float("nan") for total in totals.values()]
+
+
+def _begins(text: str, label: str) -> bool:
+    return re.match(re.escape(label) + r"(?!\w)", text) is not None  # "Answer: B" does not say "A"
 
 
 def _wait(job: Coroutine[Any, Any, T]) -> T:

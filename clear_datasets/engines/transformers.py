@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Engine, Messages
-from clear_datasets.engines.checkpoint import Checkpoint, load, stamp
+from clear_datasets.engines.checkpoint import Checkpoint, load, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
 
@@ -71,6 +71,10 @@ class Transformers(Engine):
     def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[npt.NDArray[np.float32]]:
         """See `Engine.logprobs`."""
         return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        unload(self)
 
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: one queue, so that all that is asked about a row shares its beginning."""

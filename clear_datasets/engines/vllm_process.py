@@ -9,8 +9,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clear_datasets.engines import EngineError, hint_at_ranks
 from clear_datasets.engines.chats import Chats
 from clear_datasets.engines.checkpoint import from_gguf
+from clear_datasets.engines.guard import Guard
 from clear_datasets.engines.planning import Request
 
 if TYPE_CHECKING:
@@ -28,20 +27,6 @@ IN_FLIGHT = 1024  # requests that vLLM holds: enough for its largest batch, few 
 _WATCH = 1.0  # seconds between two looks at the engine's process
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters, that vLLM can be started for
 
-# Waits until the process that started it has ended, then ends those whose numbers it was given.
-_GUARD = """
-import os, signal, sys, time
-sys.stdin.read()
-for sign, tries in ((signal.SIGTERM, 50), (signal.SIGKILL, 1)):
-    for _ in range(tries):
-        for pid in map(int, sys.argv[1:]):
-            try:
-                os.kill(pid, sign)
-            except OSError:
-                pass
-        time.sleep(0.1)
-"""
-
 LOADED: dict[tuple[Any, ...], Loaded] = {}
 
 
@@ -50,7 +35,6 @@ class Loaded:
 
     def __init__(self, config: VLLM) -> None:
         import vllm.platforms
-        from transformers import AutoTokenizer
 
         source = str(from_gguf(Path(config.model))) if config.model.endswith(".gguf") else config.model
         options: dict[str, Any] = {
@@ -64,21 +48,31 @@ class Loaded:
             **dict(config.options),
         }
         self.rank = options.get("max_lora_rank", 16) if options.get("enable_lora") else 0
-        with _deaf():
-            self.llm = vllm.LLM(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.get("tokenizer") or source,
-            revision=config.revision,
-            trust_remote_code=bool(options.get("trust_remote_code")),
-        )
-        model = self.llm.llm_engine.model_config
-        self.chats = Chats.of(tokenizer, model.max_model_len, _stated_ends(source, config.revision, model))
+        self.llm: Any = None
+        self.guard = Guard()
+        try:
+            with self.guard.watching():
+                self.llm = vllm.LLM(source, **options)
+            self._describe(source, options)
+        except BaseException:
+            self.close()
+            raise
         self.adapters: dict[str, Any] = {}
         self.numbers = itertools.count()
         self.lock = threading.Lock()  # vLLM gives any output to whoever asks next
         self.pid = os.getpid()
-        self.guard = _guard([p.pid for p in self._processes])
         threading.Thread(target=_watch, args=(self.llm.llm_engine.engine_core,), daemon=True).start()
+
+    def _describe(self, source: str, options: dict[str, Any]) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            options.get("tokenizer") or source,
+            revision=options["revision"],
+            trust_remote_code=bool(options.get("trust_remote_code")),
+        )
+        model = self.llm.llm_engine.model_config
+        self.chats = Chats.of(tokenizer, model.max_model_len, _stated_ends(source, options["revision"], model))
 
     @property
     def dead(self) -> bool:
@@ -141,10 +135,10 @@ class Loaded:
         """End its processes and free the memory."""
         import torch
 
-        self.llm.llm_engine.engine_core.shutdown()
-        self.guard.kill()
-        self.guard.communicate()
-        del self.llm
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+        self.guard.close()
+        self.llm = None
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
@@ -158,9 +152,10 @@ def load(config: VLLM) -> Loaded:
     if loaded is not None and (loaded.dead or (config.adapter and _rank(config.adapter) > loaded.rank)):
         config.close()
     if config.weights not in LOADED:
-        _make_room(config)
         hint_at_ranks(config.gpus)
-        LOADED[config.weights] = Loaded(config)
+        with _deaf():  # an interrupt waits: half an import, or an engine that nobody knows, could not be used or ended
+            _make_room(config)
+            LOADED[config.weights] = Loaded(config)
     return LOADED[config.weights]
 
 
@@ -198,16 +193,6 @@ def _watch(client: Any) -> None:
     for future in list(calls.values()):
         with contextlib.suppress(Exception):  # it may be done
             future.set_exception(EngineDeadError())
-
-
-def _guard(pids: list[int]) -> subprocess.Popen[bytes]:
-    """A process that ends vLLM's when this one was killed: they would stay for ever, and keep the GPU's memory.
-
-    So ends each worker of ``ds.map(num_proc=...)``: nothing that is registered to run at its exit does.
-    """
-    command = [sys.executable, "-I", "-S", "-c", _GUARD, *map(str, pids)]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 @contextlib.contextmanager

@@ -41,20 +41,22 @@ def test_n_samples_of_each_prompt(engine, prompts):
 
 
 def test_labels_share_the_probability(engine, prompts):
-    found = engine.choose(prompts, ["Y", "N"])
+    found = engine.choose(prompts, ["Yes", "No"])
     assert found.shape == (len(TEXTS), 2)
     assert found.dtype == np.float32
     known = ~np.isnan(found).any(axis=1)
+    assert known.any()
     np.testing.assert_allclose(found[known].sum(axis=1), 1, rtol=1e-4)
-    np.testing.assert_allclose(engine.choose(prompts[::-1], ["Y", "N"])[::-1], found, atol=0.02)
-    swapped = engine.choose(prompts, ["N", "Y"])
-    if known.any() and type(engine).__name__ != "Scripted":  # whose first label is the right one
+    np.testing.assert_allclose(engine.choose(prompts[::-1], ["Yes", "No"])[::-1], found, atol=0.02)
+    swapped = engine.choose(prompts, ["No", "Yes"])
+    if type(engine).__name__ != "Scripted":  # whose first label is the right one
         np.testing.assert_allclose(swapped[known][:, ::-1], found[known], atol=0.02)
 
 
 def test_labels_that_begin_alike(engine, prompts):
-    found = engine.choose(prompts, ["A", "AB", "B"])
+    found = engine.choose(prompts, ["Yes", "Yesterday", "No"])
     known = ~np.isnan(found).any(axis=1)
+    assert known.any()
     np.testing.assert_allclose(found[known].sum(axis=1), 1, rtol=1e-4)
     assert (found[known] >= 0).all()
 
@@ -97,7 +99,7 @@ def test_a_batch_of_all_kinds_scores_rows(engine):
     assert [bool(e) for e in scored["clear_error"][:4]] == [bool(np.isnan(c)) for c in scored["clear_confidence"][:4]]
     assert scored["clear_error"][4]  # too long
     assert np.isnan(scored["clear_confidence"][4])
-    assert not np.isnan(scored["clear_consistency"][:4]).any() or scored["clear_error"][0]
+    assert not all(scored["clear_error"][:4])
 
 
 def test_an_engine_is_its_configuration(engine, prompts):

@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -106,14 +107,14 @@ def content(body: dict[str, Any]) -> str:
 
 def test_many_requests_are_under_way_but_never_more_than_said(server):
     def slow(body):
-        time.sleep(0.05)
+        time.sleep(0.2)
         return said(content(body) + " ")(body)
 
     server.reply = slow
     engine = OpenAI("m", server.url, api_key="k", concurrency=8)
     texts = [str(i) for i in range(60)]
     assert engine.generate([ask(t) for t in texts]) == [[t] for t in texts]
-    assert server.most == 8
+    assert 4 < server.most <= 8
     assert {a["temperature"] for a in server.asked} == {0.0}
     assert {a["top_p"] for a in server.asked} == {1.0}
 
@@ -141,6 +142,9 @@ def test_a_server_without_log_probabilities_is_asked_20_times_and_that_is_said_o
     with pytest.warns(UserWarning, match="counted in 20 answers"):
         found = engine.choose([ask("Right?"), ask("Sure?")], ["Yes", "No"])
     np.testing.assert_allclose(found, [[2 / 3, 1 / 3]] * 2, rtol=1e-5)
+    server.reply = said("Answer: B", "Correct.", "B.", "(B)", "Certainly", "A", "B, surely")
+    [shares] = engine.choose([ask("Which?")], ["A", "B", "C"])
+    np.testing.assert_allclose(shares, [1 / 3, 2 / 3, 0], atol=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.choose([ask("Really?")], ["Yes", "No"])
@@ -169,12 +173,39 @@ def test_a_refused_prompt_is_named_and_the_others_are_paid_once(server):
 
     server.reply = refusing
     engine = OpenAI("m", server.url, api_key="k")
+    engine.generate([ask("first")])
+    server.asked.clear()
     with pytest.raises(PromptError) as caught:
         engine.answer(Asks([ask("a"), ask("long"), ask("b")], 1, 0.0, 8))
     assert list(caught.value.reasons) == [1]
     assert "maximum context length" in caught.value.reasons[1]
     assert engine.answer(Asks([ask("a"), ask("b")], 1, 0.0, 8)).generated == [["ok"], ["ok"]]
     assert Counter(content(a) for a in server.asked) == {"a": 1, "b": 1, "long": 1}
+
+
+def test_what_a_server_does_not_take_is_left_out_and_remembered(server):
+    def strict(body):
+        unknown = next((x for x in ("logprobs", "chat_template_kwargs") if x in body), "")
+        unknown = unknown or ("n" if body.get("n", 1) > 1 else "")
+        if unknown:
+            return failed(422, f"Extra inputs are not permitted: {unknown}")
+        return failed(400, "no system role") if body["messages"][0]["role"] == "system" else said("Yes")(body)
+
+    server.reply = strict
+    engine = OpenAI("m", server.url, api_key="k", concurrency=1)
+    prompt = [{"role": "system", "content": "Be brief."}, *ask("Right?")]
+    with pytest.warns(UserWarning, match="no log-probabilities"):
+        np.testing.assert_allclose(engine.choose([prompt], ["Yes", "No"]), [[1, 0]])
+    server.asked.clear()
+    assert engine.generate([prompt], n=3, temperature=1.0) == [["Yes"] * 3]
+    assert [content(a) for a in server.asked] == ["Be brief.\n\nRight?"] * 3  # none was refused
+
+
+def test_a_request_that_is_refused_for_every_row_is_an_error_not_bad_rows(server):
+    server.reply = lambda body: failed(400, "Unsupported value: temperature")
+    rows = {"prompt": [str(i) for i in range(30)], "response": ["x"] * 30}
+    with pytest.raises(EngineError, match=r"refuses all of \d+ requests to m alike.*Unsupported value: temperature"):
+        Clear(engine=OpenAI("m", server.url, api_key="k")).score(rows)
 
 
 def test_a_wrong_key_ends_the_batch_and_the_right_one_goes_on(server):
@@ -194,8 +225,11 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(server):
     with pytest.raises(EngineError, match="broken"):
         engine.generate(prompts)
     server.reply = said("ok")
+    assert engine.generate([ask("another batch")]) == [["ok"]]  # as when a map begins anew
     assert engine.generate(prompts) == [["ok"]] * 10
-    assert Counter(content(a) for a in server.asked) == {**{str(i): 1 for i in range(10)}, "7": 2}
+    assert Counter(content(a) for a in server.asked) == {
+        **{str(i): 1 for i in range(10)}, "7": 2, "another batch": 1
+    }  # fmt: skip
 
 
 def test_a_server_that_is_not_there_or_says_nothing(server, monkeypatch):
@@ -205,8 +239,10 @@ def test_a_server_that_is_not_there_or_says_nothing(server, monkeypatch):
     with pytest.raises(EngineError, match=r"fails for m|deadline of 1 s"):
         OpenAI("m", server.url, api_key="k", deadline=1.0, retries=0).generate([ask("a")])
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server.reply = said("fine")
+    assert OpenAI("m", server.url).generate([ask("a")]) == [["fine"]]  # a server of one's own needs no key
     with pytest.raises(EngineError, match="OPENAI_API_KEY"):
-        OpenAI("m", server.url).generate([ask("a")])
+        OpenAI("m").generate([ask("a")])
 
 
 def test_a_key_is_in_no_state(server, monkeypatch):
@@ -217,6 +253,10 @@ def test_a_key_is_in_no_state(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
     pickle.loads(pickle.dumps(engine)).generate([ask("a")])
     assert server.asked[-1]["key"] == "Bearer from the environment"
+    server.reply = lambda body: failed(401, f"Key expected. Received={engine.api_key}")
+    with pytest.raises(EngineError, match=r"Received=\*\*\*") as caught:
+        engine.generate([ask("b")])
+    assert "sk-secret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_inside_a_running_event_loop(server):

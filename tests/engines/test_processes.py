@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from clear_datasets import engines
+from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from tests.engines.conftest import NEEDS_VLLM
 
@@ -62,6 +63,31 @@ def test_several_gpus_without_ranks(monkeypatch, recwarn, gpus, takes, hinted):
     assert not hinted or hinted in str(recwarn[0].message)
 
 
+def test_the_default_is_vllm_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for gpus, kind in ((0, Transformers), (1, VLLM)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert engines.default_engine("m", "v2") == kind("m", "v2")
+
+
+@NEEDS_VLLM
+def test_engines_make_room_on_a_gpu(monkeypatch):
+    from clear_datasets.engines import vllm_process as module
+
+    class Loaded:
+        def close(self) -> None:
+            closed.append(self)
+
+    closed: list[Loaded] = []
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
+    monkeypatch.setattr(module, "LOADED", {VLLM(m, gpu_memory_utilization=0.4).weights: Loaded() for m in "ab"})
+    module._make_room(VLLM("c", gpu_memory_utilization=0.2))
+    assert closed == []
+    module._make_room(VLLM("c", gpu_memory_utilization=0.5))
+    assert len(closed) == 1
+    assert list(module.LOADED) == [VLLM("b", gpu_memory_utilization=0.4).weights]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_notebook_maps_twice_and_after_an_interrupt(kind, tiny):
     manager_of = pytest.importorskip("jupyter_client.manager")
@@ -75,6 +101,9 @@ def test_a_notebook_maps_twice_and_after_an_interrupt(kind, tiny):
 
     try:
         scored = "ds.map(clear.score, batched=True, load_from_cache_file=False)"
+        if kind == "VLLM":  # an interrupt while it is loaded
+            threading.Timer(8, manager.interrupt_kernel).start()
+            assert cell(steps(kind, tiny) + f"[{scored} for _ in range(100)]") == "KeyboardInterrupt", output
         assert cell(steps(kind, tiny) + f"first = {scored}") == "ok", output
         assert cell(f"second = {scored}") == "ok", output
         threading.Timer(3, manager.interrupt_kernel).start()
@@ -83,6 +112,7 @@ def test_a_notebook_maps_twice_and_after_an_interrupt(kind, tiny):
         assert "begun" in str(output)
         again = f"{steps(kind, tiny)}third = {scored}\nassert third.column_names == first.column_names"
         assert cell(f"{again}\nassert not any(x != x for x in third['clear_consistency'])") == "ok", output
+        assert cell(f"clear.close()\nfourth = {scored}") == "ok", output
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

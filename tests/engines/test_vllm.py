@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clear_datasets import Clear, noise
 from clear_datasets.engines import EngineError
 from clear_datasets.engines.transformers import Transformers
 from tests.engines.conftest import NEEDS_VLLM
@@ -141,19 +140,15 @@ def test_a_model_that_is_not_there(tmp_path: Path, prompts):
 
 @pytest.mark.model
 def test_a_real_model_judges_as_in_transformers(half_billion):
-    from datasets import Dataset
-
     from clear_datasets.engines.vllm import VLLM
 
     file = Path(__file__).parents[2] / "scripts" / "data" / "squad.jsonl"
-    rows = noise.other_answer(Dataset.from_json(str(file)).select(range(200)), fraction=0.5, seed=1)
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:40]]
     asked = [
         [{"role": "user", "content": f"{r['context']}\n\n{r['question']}\n\nIs it {r['answer']}? Reply Yes or No."}]
         for r in rows
     ]
     plain = Transformers(half_billion, dtype="float32").choose(asked, ["Yes", "No"])
+    assert np.ptp(plain[:, 0]) > 0.1
     with VLLM(half_billion, dtype="float32") as engine:
         np.testing.assert_allclose(engine.choose(asked, ["Yes", "No"]), plain, atol=0.02)
-        scored = Clear(engine=engine).score(rows[:60])
-    good = [not n for n in rows["noise"][:60]]
-    assert noise.auroc(np.asarray(scored["clear_confidence"], dtype=float), np.asarray(good)) > 0.8
