@@ -56,7 +56,9 @@ _Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset or fold
 _Config = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N rows only.")]
-_BatchSize = Annotated[int, typer.Option(min=1, help="Rows handed to the engine at a time.")]
+_BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Rows handed to the engine at a time (default: 1,000 on a GPU, else 64).")
+]
 _Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
 _Input = Annotated[str | None, typer.Option(help="Column that follows the prompt.")]
 _Response = Annotated[str | None, typer.Option(help="Column of the target.")]
@@ -80,7 +82,7 @@ def score(
     config: _Config = None,
     revision: _Revision = None,
     limit: _Limit = None,
-    batch_size: _BatchSize = 64,
+    batch_size: _BatchSize = None,
     prompt: _Prompt = None,
     input: _Input = None,
     context: _Context = None,
@@ -115,7 +117,7 @@ def curate(
     config: _Config = None,
     revision: _Revision = None,
     limit: _Limit = None,
-    batch_size: _BatchSize = 64,
+    batch_size: _BatchSize = None,
     prompt: _Prompt = None,
     input: _Input = None,
     context: _Context = None,
@@ -168,8 +170,9 @@ def _format(rows: Dataset, prompt: str | None, response: str | None, input: str 
     return replace(form, **given)
 
 
-def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
+def _score(rows: Dataset, clear: Clear, batch_size: int | None) -> Dataset:
     """`rows.map(clear.score)` with a progress bar; rows scored before with the same settings come from the cache."""
+    import torch
     from datasets.fingerprint import Hasher
     from rich.progress import (
         BarColumn,
@@ -180,6 +183,7 @@ def _score(rows: Dataset, clear: Clear, batch_size: int) -> Dataset:
         TimeRemainingColumn,
     )
 
+    batch_size = batch_size or (1000 if torch.cuda.device_count() else 64)
     started = time.monotonic()
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
@@ -255,10 +259,12 @@ def _clear_errors(code: int = 1) -> Iterator[None]:
     from datasets import disable_progress_bars
     from datasets.exceptions import DatasetsError
 
+    from clear_datasets.engines import EngineError
+
     disable_progress_bars()
     try:
         yield
-    except (ValueError, OSError, TypeError, ImportError, DatasetsError) as error:
+    except (ValueError, OSError, TypeError, ImportError, DatasetsError, EngineError) as error:
         if os.environ.get("CLEAR_DEBUG"):
             raise
         _fail(str(error) or type(error).__name__, code)
