@@ -1,6 +1,7 @@
 """Curate instruction-tuning data with the very LLM that is going to be fine-tuned.
 
-``ds.map(clear_datasets.score, batched=True)`` works as it stands: the module's `score` is that of a default `Clear()`.
+``ds.map(clear_datasets.score, batched=True)`` works as it stands: the module's `score`, `propose` and `prefer` are those of
+a default `Clear()`.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from clear_datasets.confidence import BSDetector
-from clear_datasets.decide import above, curated, decide, threshold
+from clear_datasets.decide import above, curated, decide, restore, threshold
 from clear_datasets.formats import Chat, Columns, Example, infer
+from clear_datasets.preference import Pairwise
 from clear_datasets.similarity import LLM, NLI, Embedding, Jaccard
 from clear_datasets.steps import Clear
 
@@ -25,16 +27,20 @@ __all__ = [
     "Embedding",
     "Example",
     "Jaccard",
+    "Pairwise",
     "above",
     "curated",
     "decide",
     "infer",
+    "prefer",
+    "propose",
+    "restore",
     "score",
     "threshold",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("score", "close"):  # made when asked for, so that CLEAR_MODEL is read then
+    if name in ("score", "propose", "prefer", "close"):  # made when asked for, so that CLEAR_MODEL is read then
         return getattr(Clear(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

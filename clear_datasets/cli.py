@@ -144,7 +144,7 @@ def curate(
             write(scored, audit)
             _summary(scored, audit, clear, None)
         cut = threshold(scored, keep) if gamma is None else gamma
-        decided = scored.map(decide(cut, failed.value), batched=True)
+        decided = scored.map(decide(cut, failed=failed.value), batched=True)
         write(decided, audit)
         write(curated(decided).select_columns(rows.column_names), out)
         _summary(decided, out, clear, cut)

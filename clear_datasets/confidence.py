@@ -174,15 +174,7 @@ class _Run:
 
     def ask(self, asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
         """Ask all rows that are left, in one batch; the answers by row."""
-        while left := [i for i, error in enumerate(self.errors) if not error]:
-            each = [asks_of(i) for i in left]
-            try:
-                return dict(zip(left, _split(self.engine.answer(_join(each)), each), strict=True))
-            except PromptError as error:
-                owners = [i for part in _PARTS for i, asks in zip(left, each, strict=True) for _ in getattr(asks, part)]
-                for position, reason in error.reasons.items():
-                    self.errors[owners[position]] = reason
-        return {}
+        return ask(self.engine, self.errors, asks_of)
 
     def questions(self, i: int) -> Asks:
         """The samples of a row, and in the direct form all that one forward pass tells."""
@@ -252,6 +244,19 @@ def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32])
     """How much likelier the whole prompt makes the response than any part does, as a probability; 0.5: no likelier."""
     gain = float(whole.sum() - max(part.sum() for part in parts))
     return 0.5 + 0.5 * math.tanh(gain / _SCALE / 2)  # the logistic function, without overflow
+
+
+def ask(engine: Engine, errors: list[str], asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
+    """Ask about all rows that have no error, in one batch; the answers by row. A row that is refused gets its reason."""
+    while left := [i for i, error in enumerate(errors) if not error]:
+        each = [asks_of(i) for i in left]
+        try:
+            return dict(zip(left, _split(engine.answer(_join(each)), each), strict=True))
+        except PromptError as error:
+            owners = [i for part in _PARTS for i, asks in zip(left, each, strict=True) for _ in getattr(asks, part)]
+            for position, reason in error.reasons.items():
+                errors[owners[position]] = reason
+    return {}
 
 
 _PARTS = ("generate", "choose", "read")

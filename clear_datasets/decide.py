@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
+
+from clear_datasets.formats import Format, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -113,40 +115,82 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
 
 
 def decide(
-    gamma: float, failed: Failed = "keep", column: str = "clear_confidence"
+    gamma: float,
+    eta: float = 0.8,
+    *,
+    correct: Literal["low", "all"] = "low",
+    failed: Failed = "keep",
+    column: str = "clear_confidence",
 ) -> Callable[..., dict[str, list[str]]]:
-    """A step for ``ds.map(..., batched=True)`` that adds ``clear_decision``: "keep" or "drop".
+    """A step for ``ds.map(..., batched=True)`` that adds ``clear_decision``: "keep", "drop" or "replace".
+
+    A row above gamma is kept. One at or below it is replaced where there is a candidate (`Clear.propose`) whose
+    preference (`Clear.prefer`) is above eta, and dropped otherwise; without candidates none is replaced. A row without a
+    score is never replaced: nothing confident is known about it.
 
     Args:
-        gamma: The threshold; see `threshold`.
+        gamma: The threshold of confidence; see `threshold`.
+        eta: The threshold of preference, 0.8 in the paper.
+        correct: "low" replaces at or below gamma alone; "all" wherever the candidate is preferred.
         failed: What becomes of rows without a score: "keep", "drop" or "raise".
         column: Column of the confidence.
 
+    Raises:
+        ValueError: A setting is none of those above.
+
     Example:
         >>> from datasets import Dataset
-        >>> ds = Dataset.from_dict({"answer": ["right", "wrong"], "clear_confidence": [0.9, 0.1]})
+        >>> ds = Dataset.from_dict({"question": ["Where?"] * 3, "answer": ["right", "wrong", "odd"],
+        ...     "clear_confidence": [0.9, 0.1, 0.2], "clear_candidate": ["", "better", "other"],
+        ...     "clear_preference": [float("nan"), 0.9, 0.5]})
         >>> curated(ds.map(decide(0.5), batched=True))["answer"][:]
-        ['right']
+        ['right', 'better']
 
     References:
-        Chen and Mueller 2024, arXiv 2403.12776 (Auto-Filter).
+        Chen and Mueller 2024, arXiv 2403.12776 (Auto-Filter and Auto-Correct).
     """
-    return _Decide(above(gamma, failed, column))
+    if correct not in ("low", "all"):
+        raise ValueError(f"correct is {correct!r}; expected 'low' or 'all'")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}, a threshold of probabilities; expected a number from 0 to 1")
+    return _Decide(above(gamma, failed, column), eta, correct)
 
 
 @dataclass(frozen=True)
 class _Decide:
     keeps: above
+    eta: float
+    correct: str
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
         kept = self.keeps(batch)
         if isinstance(kept, bool):
             raise TypeError("decide() works on batches: ds.map(decide(gamma), batched=True)")
-        return {"clear_decision": ["keep" if k else "drop" for k in kept]}
+        decisions = ["keep" if k else "drop" for k in kept]
+        if "clear_candidate" in batch:
+            if "clear_preference" not in batch:
+                raise ValueError("candidates have no preference: run ds = ds.map(clear.prefer, batched=True) first")
+            scores, preferences = batch[self.keeps.column], batch["clear_preference"]
+            for i, candidate in enumerate(batch["clear_candidate"]):
+                confident = candidate and _known(scores[i]) and _known(preferences[i]) and preferences[i] > self.eta
+                if confident and (decisions[i] == "drop" or self.correct == "all"):
+                    decisions[i] = "replace"
+        return {"clear_decision": decisions}
 
 
-def curated(ds: D) -> D:
-    """Apply the decisions: rows to drop are left out, all others are as they were.
+def _known(value: float | None) -> bool:
+    return value is not None and not np.isnan(value)  # JSON files hold null for nan
+
+
+def curated(ds: D, format: Format | None = None) -> D:
+    """Apply the decisions: leave out the rows to drop, put the candidates into the rows to replace.
+
+    Where candidates are there, a replaced row has its former target in ``clear_original``, "" in all others; `restore`
+    puts it back. Everything else stays as it was.
+
+    Args:
+        ds: A dataset with decisions; see `decide`.
+        format: Where rows keep their target; inferred from the columns by default.
 
     Raises:
         ValueError: There is no column ``clear_decision``.
@@ -154,7 +198,92 @@ def curated(ds: D) -> D:
     for split in ds.values() if isinstance(ds, Mapping) else [ds]:
         if split.column_names is not None and "clear_decision" not in split.column_names:
             raise ValueError("no column 'clear_decision': run ds = ds.map(decide(gamma), batched=True) first")
-    return ds.filter(_stays, input_columns="clear_decision")
+    left = ds.filter(_stays, input_columns="clear_decision")
+    return _changed(left, _Replace(format), lambda names: "clear_candidate" in names)
+
+
+def restore(ds: D, format: Format | None = None) -> D:
+    """The source rows again: former targets in their places, and no column of ours.
+
+    Rows that `curated` left out are not in its result; they are in the dataset that `decide` made.
+
+    Args:
+        ds: What `curated` made.
+        format: As for `curated`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> ds = Dataset.from_dict({"question": ["2 + 2?"], "answer": ["5"], "clear_confidence": [0.1],
+        ...     "clear_candidate": ["4"], "clear_preference": [0.9]})
+        >>> done = curated(ds.map(decide(0.5), batched=True))
+        >>> done["answer"][:], restore(done)["answer"][:]
+        (['4'], ['5'])
+    """
+    back = _changed(ds, _Restore(format), lambda names: "clear_original" in names)
+
+    def bare(split: Any) -> Any:
+        return split.remove_columns([name for name in split.column_names or () if name.startswith("clear_")])
+
+    if not isinstance(back, Mapping):
+        return cast("D", bare(back))
+    return cast("D", _splits(back, bare))
+
+
+def _changed(ds: D, step: Callable[..., dict[str, Any]], wanted: Callable[[list[str]], bool]) -> D:
+    """`ds.map(step)` where a split has the columns for it, or does not tell; the schema stays the same."""
+    from datasets import Value
+
+    def change(split: Any) -> Any:
+        if split.column_names is not None and not wanted(split.column_names):
+            return split
+        features = split.features and split.features.copy()
+        if features is not None and isinstance(step, _Replace):
+            features["clear_original"] = Value("string")
+        kind = getattr(split, "format", {}).get("type")
+        return split.with_format(None).map(step, batched=True, features=features).with_format(kind)
+
+    if not isinstance(ds, Mapping):
+        return cast("D", change(ds))
+    return cast("D", _splits(ds, change))
+
+
+def _splits(ds: Any, change: Callable[[Any], Any]) -> Any:
+    return type(ds)({name: change(split) for name, split in ds.items()})
+
+
+@dataclass(frozen=True)
+class _Replace:
+    format: Format | None
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        form = self.format or infer_rows(batch)
+        originals = [""] * len(batch["clear_decision"])
+        changed: dict[str, list[Any]] = {"clear_original": originals}
+        for i, decision in enumerate(batch["clear_decision"]):
+            if decision == "replace":
+                row = {name: values[i] for name, values in batch.items()}
+                originals[i] = form.read(row).response
+                _put(changed, batch, i, form.write(row, row["clear_candidate"]))
+        return changed
+
+
+@dataclass(frozen=True)
+class _Restore:
+    format: Format | None
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        form = self.format or infer_rows(batch)
+        changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
+        for i, original in enumerate(batch["clear_original"]):
+            if original:
+                row = {name: values[i] for name, values in batch.items()}
+                _put(changed, batch, i, form.write(row, original))
+        return changed
+
+
+def _put(changed: dict[str, list[Any]], batch: Mapping[str, list[Any]], i: int, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        changed.setdefault(name, list(batch[name]))[i] = value
 
 
 def _stays(decision: str) -> bool:

@@ -15,6 +15,7 @@ Form = Literal["direct", "reasoned"]
 
 LABELS = ("Yes", "No")
 VERDICTS = ("A", "B", "C")  # correct, incorrect, not sure
+BETTER = ("First", "Second", "Tie")
 
 _MARK = "Answer:"
 _SAMPLE = {
@@ -108,6 +109,14 @@ def verdict(considered: Messages, explanation: str) -> Messages:
     """Ask for the verdict after an explanation, to be answered by one of `VERDICTS`."""
     choices = "Is the proposed answer\nA. correct\nB. incorrect\nC. not sure\nReply with the letter alone."
     return [*considered, {"role": "assistant", "content": explanation}, {"role": "user", "content": choices}]
+
+
+def better(prompt: Messages, first: str, second: str) -> Messages:
+    """Ask which of two responses is better, to be answered by one of `BETTER`."""
+    question = (
+        f"First answer: {first}\n\nSecond answer: {second}\n\nWhich answer is better? Reply First, Second or Tie."
+    )
+    return _append(prompt, question)
 
 
 def same(first: str, second: str) -> Messages:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.confidence import BSDetector
-from clear_datasets.engines import Engine, default_engine, use_rank
+from clear_datasets.confidence import BSDetector, ask
+from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, infer_rows
+from clear_datasets.preference import Pairwise
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SCORES_REVISION = 3  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
+_CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
 
 
@@ -37,6 +39,9 @@ class Clear:
         engine: What runs the model; the default is chosen for the machine.
         format: Where rows keep prompt and target; inferred from the columns by default.
         confidence: The estimator.
+        preference: Which of two responses is better.
+        writer: A LoRA adapter or a checkpoint that writes candidates; see `with_writer`.
+        gamma: The confidence at or below which rows get a candidate; None for all.
 
     Example:
         >>> clear = Clear("Qwen/Qwen2.5-7B-Instruct", confidence=BSDetector(k=8))
@@ -52,6 +57,9 @@ class Clear:
     engine: Engine | None = field(default=None, kw_only=True)
     format: Format | None = field(default=None, kw_only=True)
     confidence: BSDetector = field(default_factory=BSDetector, kw_only=True)
+    preference: Pairwise = field(default_factory=Pairwise, kw_only=True)
+    writer: str | None = field(default=None, kw_only=True)
+    gamma: float | None = field(default=None, kw_only=True)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -59,7 +67,21 @@ class Clear:
         object.__setattr__(self, "scores_revision", SCORES_REVISION)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stamp": stamp(self.model)}  # a model that was retrained in its place scores anew
+        own = {"stamp": stamp(self.model), "writer_stamp": stamp(self.writer) if self.writer else ""}
+        return {**self.__dict__, **own}  # a model that was retrained in its place scores anew
+
+    def with_writer(self, writer: str | os.PathLike[str], gamma: float | None = None) -> Clear:
+        """The same, with a model that writes candidates: this one, fine-tuned on the rows that were kept.
+
+        Args:
+            writer: A LoRA adapter or a checkpoint, as a local folder or Hub id; a server's name for it with `OpenAI`.
+            gamma: Rows whose confidence is at or below it get a candidate; None for all.
+
+        Example:
+            >>> Clear("m").with_writer("out/adapter", gamma=0.4).writer
+            'out/adapter'
+        """
+        return replace(self, writer=os.fspath(writer), gamma=gamma)
 
     def score(self, batch: Any, rank: int | None = None) -> Any:
         """A step for ``ds.map(clear.score, batched=True)``: how confident the model is that each target is right.
@@ -80,16 +102,13 @@ class Clear:
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
-        if rank is not None:
-            use_rank(rank, self.engine.gpus if self.engine else 1)
         examples, errors = self._read(_columns(batch))
         sound = [i for i, example in enumerate(examples) if example is not None]
         scores: dict[str, npt.NDArray[np.float32]] = {
             c: np.full(len(errors), np.nan, dtype=np.float32) for c in _COLUMNS
         }
         if sound:
-            engine = self.engine or default_engine(self.model, self.revision)
-            found = self.confidence([e for e in examples if e is not None], engine)
+            found = self.confidence([e for e in examples if e is not None], self._base(rank))
             for name, values in zip(_COLUMNS, (found.confidence, found.consistency, found.reflection), strict=True):
                 scores[name][sound] = values
             for i, error in zip(sound, found.errors, strict=True):
@@ -97,9 +116,104 @@ class Clear:
         added = {**scores, "clear_error": errors}
         return added if isinstance(batch, Mapping) else _beside(batch, added)
 
+    def propose(self, batch: Any, rank: int | None = None) -> Any:
+        """A step for ``ds.map(clear.propose, batched=True)``: what the fine-tuned model would answer in a row's place.
+
+        Args:
+            batch: Columns of a batch of scored rows.
+            rank: Number of the worker process, as for `score`.
+
+        Returns:
+            ``clear_candidate``, "" where there is none: the row is above gamma or has no score, or the candidate is
+            empty or the target itself; and ``clear_error``, which says so where none could be written.
+
+        Raises:
+            ValueError: There is no writer (`with_writer`), or the rows have no confidence that gamma is compared with.
+
+        References:
+            Chen and Mueller 2024, arXiv 2403.12776 (Auto-Correct, step 1).
+        """
+        if self.writer is None:
+            raise ValueError("no model writes candidates: clear = clear.with_writer('folder of an adapter or model')")
+        columns = _columns(batch)
+        examples, errors = self._read(columns)
+        wanted = [i for i, example in enumerate(examples) if example is not None and self._low(columns, i)]
+        candidates, reasons = [""] * len(errors), [""] * len(wanted)
+
+        def question(j: int) -> Asks:
+            example = examples[wanted[j]]
+            assert example is not None
+            return Asks([example.prompt], max_tokens=[max(_CANDIDATE, 2 * len(example.response.encode()))])
+
+        if wanted:
+            found = ask(self._base(rank).with_writer(self.writer), reasons, question)
+            for j, answers in found.items():
+                example, [[text]] = examples[wanted[j]], answers.generated
+                candidates[wanted[j]] = "" if example is None or text == example.response.strip() else text
+        return self._added(batch, columns, {"clear_candidate": candidates}, "no candidate", wanted, reasons)
+
+    def prefer(self, batch: Any, rank: int | None = None) -> Any:
+        """A step for ``ds.map(clear.prefer, batched=True)``: how sure the base model is that a candidate is better.
+
+        Args:
+            batch: Columns of a batch of rows with candidates; see `propose`.
+            rank: Number of the worker process, as for `score`.
+
+        Returns:
+            ``clear_preference``, float32 in [0, 1], nan where there is no candidate; ``clear_position_bias``, float32
+            in [-1, 1], how far the verdict favoured what stood first; and ``clear_error``, which says why a candidate
+            could not be judged.
+
+        Raises:
+            ValueError: The rows have no column ``clear_candidate``.
+
+        References:
+            Chen and Mueller 2024, arXiv 2403.12776 (Auto-Correct, steps 2 and 3).
+        """
+        columns = _columns(batch)
+        if "clear_candidate" not in columns:
+            raise ValueError("no column 'clear_candidate': run ds = ds.map(clear.propose, batched=True) first")
+        examples, errors = self._read(columns)
+        pairs = {i: (e, columns["clear_candidate"][i]) for i, e in enumerate(examples) if e is not None}
+        judged = [i for i, (_, candidate) in pairs.items() if candidate]
+        added = {name: np.full(len(errors), np.nan, np.float32) for name in ("clear_preference", "clear_position_bias")}
+        reasons: list[str] = []
+        if judged:
+            found = self.preference([pairs[i][0] for i in judged], [pairs[i][1] for i in judged], self._base(rank))
+            added["clear_preference"][judged] = found.preference
+            added["clear_position_bias"][judged] = found.position_bias
+            reasons = found.errors
+        return self._added(batch, columns, added, "no preference", judged, reasons)
+
+    def _base(self, rank: int | None) -> Engine:
+        if rank is not None:
+            use_rank(rank, self.engine.gpus if self.engine else 1)
+        return self.engine or default_engine(self.model, self.revision)
+
+    def _low(self, columns: Mapping[str, list[Any]], i: int) -> bool:
+        if self.gamma is None:
+            return True
+        if "clear_confidence" not in columns:
+            raise ValueError("no column 'clear_confidence': run ds = ds.map(clear.score, batched=True) first")
+        value = columns["clear_confidence"][i]
+        return value is not None and value <= self.gamma
+
+    @staticmethod
+    def _added(
+        batch: Any, columns: dict[str, list[Any]], added: dict[str, Any], what: str, rows: list[int], reasons: list[str]
+    ) -> Any:
+        """The new columns, with reasons beside those that rows have already."""
+        size = len(next(iter(columns.values()), []))
+        errors = [e or "" for e in columns.get("clear_error", [""] * size)]
+        for i, reason in zip(rows, reasons, strict=True):
+            if reason:
+                errors[i] = "; ".join(e for e in (errors[i], f"{what}: {reason}") if e)
+        added = {**added, "clear_error": errors}
+        return added if isinstance(batch, Mapping) else _beside(batch, added)
+
     def close(self) -> None:
         """Free the memory of the model in this process, for fine-tuning, say; the next step loads it anew."""
-        (self.engine or default_engine(self.model, self.revision)).close()
+        self._base(None).close()
 
     @staticmethod
     def features(features: Features) -> Features:
@@ -140,6 +254,8 @@ def _beside(table: Any, added: dict[str, Any]) -> Any:
     import pyarrow as pa
 
     for name, values in added.items():
+        if name in table.column_names:
+            table = table.drop_columns(name)
         table = table.append_column(name, pa.array(values))
     return table
 

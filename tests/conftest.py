@@ -95,10 +95,9 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
 
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {
-        token: i for i, token in enumerate([*special, *alphabet, "ĠY", "Ye", "Yes", "No", "ĠN", "ĠYes", "ĠNo"])
-    }
-    merges = [("Y", "e"), ("Ye", "s"), ("N", "o"), ("Ġ", "Y"), ("Ġ", "N"), ("Ġ", "Yes"), ("Ġ", "No")]
+    words = ["Yes", "No", "First", "Second", "Tie"]
+    merges = [(w[:i], w[i]) for w in words for i in range(1, len(w))] + [("Ġ", w) for w in words]
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet, *(a + b for a, b in merges)])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -113,7 +112,7 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
         "eos_token_id": vocabulary["<|end|>"], "pad_token_id": 0, "initializer_range": 0.3,
     } | config  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.lm_head.weight.data[[vocabulary["Yes"], vocabulary["No"]]] *= 2  # it says them often
+    model.lm_head.weight.data[[vocabulary[w] for w in words]] *= 2  # it says them often
     model.save_pretrained(folder)
     return folder
 

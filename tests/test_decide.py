@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear_datasets import above, curated, decide, threshold
+from clear_datasets import Chat, Columns, above, curated, decide, restore, threshold
 
 NAN = float("nan")
 
@@ -98,3 +98,74 @@ def test_scores_as_files_and_streams_give_them(values):
 def test_steps_pickle():
     for step in (above(0.5), decide(0.5)):
         assert pickle.loads(pickle.dumps(step)) == step
+
+
+CORRECTED = {
+    "clear_confidence": [0.9, 0.1, 0.2, NAN, 0.3, 0.9],
+    "clear_candidate": ["better", "better", "other", "better", "", "better"],
+    "clear_preference": [0.5, 0.9, 0.8, 0.9, NAN, 0.9],
+}
+
+
+@pytest.mark.parametrize("correct, wanted", [
+    ("low", ["keep", "replace", "drop", "keep", "drop", "keep"]),
+    ("all", ["keep", "replace", "drop", "keep", "drop", "replace"]),
+])  # fmt: skip
+def test_a_row_is_replaced_only_where_its_candidate_is_confidently_better(correct, wanted):
+    ds = Dataset.from_dict(CORRECTED)
+    assert ds.map(decide(0.5, correct=correct), batched=True)["clear_decision"][:] == wanted
+    assert "replace" not in ds.map(decide(0.5, eta=0.95, correct=correct), batched=True)["clear_decision"][:]
+    with pytest.raises(ValueError, match=r"candidates have no preference.*clear\.prefer"):
+        ds.remove_columns("clear_preference").map(decide(0.5), batched=True)
+    with pytest.raises(ValueError, match="correct is 'most'"):
+        decide(0.5, correct="most")
+    with pytest.raises(ValueError, match="eta is 80"):
+        decide(0.5, eta=80)
+
+
+TURNS = [
+    [{"from": "human", "value": f"What is {i}?", "weight": None}, {"from": "gpt", "value": f" {i}\n", "weight": 0.5}]
+    for i in range(6)
+]
+SOURCES = {
+    "columns": ({"prompt": list("abcdef"), "response": [f" {c} é\r\n" for c in "abcdef"], "n": range(6)}, None),
+    "named": ({"q": list("abcdef"), "a": list("uvwxyz")}, Columns("q", "a")),
+    "completions": (
+        {
+            "prompt": [[{"role": "user", "content": c}] for c in "abcdef"],
+            "completion": [[{"role": "assistant", "content": c, "name": None}] for c in "uvwxyz"],
+        },
+        None,
+    ),
+    "chat": ({"conversations": TURNS, "id": list("abcdef")}, None),
+    "named chat": ({"talk": TURNS}, Chat("talk", role="from", content="value")),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", SOURCES)
+def test_replaced_rows_hold_the_candidate_and_every_change_can_be_undone(name, stream):
+    columns, form = SOURCES[name]
+    source = Dataset.from_dict({k: list(v) for k, v in columns.items()})
+    ds = Dataset.from_dict({**source.to_dict(), **CORRECTED}).cast(
+        source.features.copy() | Dataset.from_dict(CORRECTED).features
+    )
+    decided = ds.map(decide(0.5), batched=True, batch_size=2)
+    if stream:
+        decided = decided.to_iterable_dataset()
+    done = curated(decided, form)
+    rows, kept = list(done), [0, 1, 3, 5]
+    assert [str(r).count("better") for r in rows] == [1, 2, 1, 1]  # in the candidate, and in the row
+    assert [bool(r["clear_original"]) for r in rows] == [False, True, False, False]
+    assert done.features == decided.features | {"clear_original": done.features["clear_original"]}
+    back = restore(done, form)
+    assert list(back) == list(source.select(kept))
+    assert back.features == source.features
+    splits = DatasetDict(train=curated(ds.map(decide(0.5), batched=True), form))
+    assert list(restore(splits, form)["train"]) == list(back)
+
+
+def test_rows_without_candidates_are_left_as_they_are():
+    ds = scored([0.1, 0.9]).map(decide(0.5), batched=True)
+    assert curated(ds).column_names == ds.column_names
+    assert restore(curated(ds)).to_dict() == {"id": [1]}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -183,3 +183,57 @@ def test_importing_the_package_loads_no_model_library():
 def test_features_are_the_sources_and_the_added_ones():
     features = Clear.features(Features({"question": Value("string")}))
     assert list(features) == ["question", *ADDED]
+
+
+@dataclass(frozen=True)
+class Tunable(Scripted):
+    """An engine whose writer answers with the name of the adapter."""
+
+    def with_writer(self, writer):
+        return Scripted(answers=(("Where?", writer), ("Who?", "Ada")), limit=30)
+
+
+def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_base_model():
+    rows = {
+        "question": ["Where?", "Where?", "Who?", "Who?" + " really" * 10, "Where?", ""],
+        "answer": ["Rome", "Rome", "Ada ", "Grace", "Oslo", "x"],
+        "clear_confidence": [0.2, 0.9, 0.1, 0.1, 0.5, math.nan],
+        "clear_error": ["", "", "", "", "", "column 'question' is empty"],
+    }
+    engine = Tunable(yes=("Which answer is better",))  # the first label is likely
+    clear = Clear(engine=engine).with_writer("the Alps", gamma=0.5)
+    ds = Dataset.from_dict(rows)
+    proposed = ds.map(clear.propose, batched=True, batch_size=4)
+    assert proposed["clear_candidate"][:] == ["the Alps", "", "", "", "the Alps", ""]
+    errors = ["", "", "", "no candidate: the prompt has 74 characters, the limit is 30", "", rows["clear_error"][5]]
+    assert proposed["clear_error"][:] == errors
+    everything = Dataset.from_dict(rows).map(Clear(engine=engine).with_writer("the Alps").propose, batched=True)
+    assert everything["clear_candidate"][:] == ["the Alps", "the Alps", "", "", "the Alps", ""]
+    judged = proposed.map(clear.prefer, batched=True, batch_size=1)
+    np.testing.assert_allclose(judged["clear_preference"][:], [0.5, *[math.nan] * 3, 0.5, math.nan])
+    np.testing.assert_allclose(judged["clear_position_bias"][:], [0.85, *[math.nan] * 3, 0.85, math.nan], rtol=1e-6)
+    assert judged.features["clear_preference"] == judged.features["clear_position_bias"] == Value("float32")
+    assert judged.select_columns(["question", "answer", "clear_confidence"])[0] == {
+        "question": "Where?", "answer": "Rome", "clear_confidence": 0.2
+    }  # fmt: skip
+
+
+def test_steps_say_which_one_is_missing():
+    ds = Dataset.from_dict({"question": ["Where?"], "answer": ["Rome"]})
+    for step, message in (
+        (CLEAR.propose, "no model writes candidates"),
+        (CLEAR.with_writer("a", gamma=0.5).propose, "no column 'clear_confidence'"),
+        (CLEAR.prefer, "no column 'clear_candidate'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ds.map(step, batched=True)
+    with pytest.raises(TypeError, match="Scripted runs one model alone"):
+        ds.map(CLEAR.with_writer("a").propose, batched=True)
+
+
+def test_a_writer_that_was_trained_again_writes_anew(tiny, tmp_path):
+    clear = Clear("m").with_writer(tmp_path)
+    before = Hasher.hash(clear.propose)
+    assert before == Hasher.hash(Clear("m").with_writer(str(tmp_path)).propose)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    assert Hasher.hash(clear.propose) != before

@@ -141,6 +141,14 @@ class Engine(Protocol):
         """
         ...
 
+    def with_writer(self, writer: str) -> Engine:
+        """The same engine with a LoRA adapter on its model, or with another checkpoint.
+
+        Args:
+            writer: A local folder, a Hub id, or what a server calls it.
+        """
+        raise TypeError(f"{type(self).__name__} runs one model alone; give it a method with_writer(path)")
+
     def close(self) -> None:
         """Free the memory that it holds in this process; the next call loads anew."""
 

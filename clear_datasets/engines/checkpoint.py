@@ -82,7 +82,10 @@ def _load(config: Transformers) -> Checkpoint:
         hint_at_ranks()
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _fast_dtype(device)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if config.adapter:
+        model = _peft().PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
+    model = model.to(device).eval()
     text = model.config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
@@ -94,6 +97,23 @@ def _load(config: Transformers) -> Checkpoint:
         # Padding between two parts of a prompt is masked in full attention; other layers would count it in.
         shares_prefix=kinds == {"full_attention"} and not getattr(text, "sliding_window", None),
     )
+
+
+def adapter_of(writer: str) -> str | None:
+    """The local folder of a LoRA adapter, fetched where it is one of the Hub; None for a whole checkpoint."""
+    if os.path.exists(writer):
+        return writer if (Path(writer) / "adapter_config.json").is_file() else None
+    from huggingface_hub import file_exists, snapshot_download
+
+    return snapshot_download(writer) if file_exists(writer, "adapter_config.json") else None
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError('a LoRA adapter needs peft: pip install "clear-datasets[train]"') from error
+    return peft
 
 
 def stamp(model: str) -> str:

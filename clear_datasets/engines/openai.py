@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -86,6 +86,10 @@ class OpenAI(Engine):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "api_key": None}  # neither in a hash of datasets nor in a pickle
+
+    def with_writer(self, writer: str) -> OpenAI:
+        """See `Engine.with_writer`: the server's name for it, as in ``vllm serve --lora-modules NAME=FOLDER``."""
+        return replace(self, model=writer)
 
     def generate(
         self,

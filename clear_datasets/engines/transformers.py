@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Engine, Messages
-from clear_datasets.engines.checkpoint import Checkpoint, load, stamp, unload
+from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, load, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
 
@@ -39,6 +39,7 @@ class Transformers(Engine):
             not fit the GPU's memory is halved until it does.
         seed: Where samples begin.
         trust_remote_code: Whether a Hub model may run its own code.
+        adapter: A folder with a LoRA adapter that is merged into the model (needs `peft`).
     """
 
     model: str
@@ -48,10 +49,17 @@ class Transformers(Engine):
     batch_tokens: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
+    adapter: str | None = None
     stamp: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stamp", stamp(self.model))  # another engine once the files have changed
+        files = stamp(self.model) + (stamp(self.adapter) if self.adapter else "")
+        object.__setattr__(self, "stamp", files)  # another engine once the files have changed
+
+    def with_writer(self, writer: str) -> Transformers:
+        """See `Engine.with_writer`; the weights are loaded a second time."""
+        adapter = adapter_of(writer)
+        return replace(self, adapter=adapter) if adapter else replace(self, model=writer, revision=None, adapter=None)
 
     def generate(
         self,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Engine, Messages
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import stamp
+from clear_datasets.engines.checkpoint import adapter_of, stamp
 from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, plan
 from clear_datasets.engines.vllm_process import LOADED, load
@@ -82,6 +82,13 @@ class VLLM(Engine):
         """See `Engine.gpus`."""
         options = dict(self.options)
         return int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
+
+    def with_writer(self, writer: str) -> VLLM:
+        """See `Engine.with_writer`; an adapter shares the loaded model."""
+        adapter = adapter_of(writer)
+        model, revision = (self.model, self.revision) if adapter else (writer, None)
+        memory, length = self.gpu_memory_utilization, self.max_model_len
+        return VLLM(model, revision, adapter, memory, length, **dict(self.options))
 
     @property
     def weights(self) -> tuple[Any, ...]:

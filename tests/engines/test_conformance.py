@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from clear_datasets import BSDetector, Clear
+from clear_datasets import BSDetector, Clear, Example, Pairwise
 from clear_datasets.engines import Asks, PromptError
 
 PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
@@ -100,6 +100,16 @@ def test_a_batch_of_all_kinds_scores_rows(engine):
     assert scored["clear_error"][4]  # too long
     assert np.isnan(scored["clear_confidence"][4])
     assert not all(scored["clear_error"][:4])
+
+
+def test_exchanged_responses_are_preferred_the_other_way_round(engine, prompts):
+    if type(engine).__name__ == "Scripted":
+        pytest.skip("its first label is the right one, whatever stands there")
+    pairs = [(p, a, b) for p, a, b in zip(prompts, ["Alps", "4", "x"], ["Rome", "5", "y"], strict=False)]
+    there = Pairwise()([Example(p, a) for p, a, _ in pairs], [b for *_, b in pairs], engine)
+    back = Pairwise()([Example(p, b) for p, _, b in pairs], [a for _, a, _ in pairs], engine)
+    assert not np.isnan(there.preference).all()
+    np.testing.assert_allclose(there.preference, 1 - back.preference, atol=0.02)
 
 
 def test_an_engine_is_its_configuration(engine, prompts):

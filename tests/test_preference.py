@@ -1,0 +1,71 @@
+"""Which of two responses is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from clear_datasets import BSDetector, Example, Pairwise
+from clear_datasets.engines import Messages, PromptError
+from clear_datasets.engines.transformers import Transformers
+from tests.conftest import Scripted
+
+
+@dataclass(frozen=True)
+class Judge(Scripted):
+    """Sure of what holds `good`; of two such, or none, it says what `else_` gives to first, second and tie."""
+
+    good: str = "Alps"
+    else_: tuple[float, float, float] = (0.0, 0.0, 1.0)
+
+    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
+        rows = []
+        for prompt in prompts:
+            text = prompt[-1]["content"]
+            if "endless" in text:
+                raise PromptError({i: "too long" for i, p in enumerate(prompts) if "endless" in p[-1]["content"]})
+            first, second = (part.split("\n")[0] for part in text.split(" answer: ")[1:])
+            sure = {(True, False): (0.9, 0.1, 0.0), (False, True): (0.1, 0.9, 0.0)}
+            rows.append(sure.get((self.good in first, self.good in second), self.else_))
+        return np.array(rows, dtype=np.float32).reshape(len(prompts), 3)
+
+
+def examples(*responses: str) -> list[Example]:
+    return [Example([{"role": "user", "content": "Where does it rise?"}], r) for r in responses]
+
+
+def test_a_better_candidate_is_preferred_and_a_worse_one_is_not():
+    found = Pairwise()(examples("Berlin", "the Alps", "Rome"), ["the Alps", "Berlin", "Paris"], Judge())
+    np.testing.assert_allclose(found.preference, [0.9, 0.1, 0.5], atol=1e-6)
+    np.testing.assert_allclose(found.position_bias, [0, 0, 0], atol=1e-6)
+    assert found.errors == ["", "", ""]
+
+
+def test_a_verdict_that_flips_with_the_order_is_a_tie():
+    found = Pairwise()(examples("Rome"), ["Paris"], Judge(else_=(0.95, 0.05, 0.0)))
+    np.testing.assert_allclose(found.preference, [0.5], atol=1e-6)
+    np.testing.assert_allclose(found.position_bias, [0.9], atol=1e-6)
+
+
+def test_a_row_that_cannot_be_judged_has_a_reason():
+    found = Pairwise()(examples("Berlin", "endless", "Rome"), ["the Alps"] * 3, Judge())
+    np.testing.assert_allclose(found.preference, [0.9, np.nan, 0.9], atol=1e-6)
+    assert found.errors == ["", "too long", ""]
+    nothing = Pairwise()(examples("Rome"), ["Paris"], Judge(else_=(np.nan, np.nan, np.nan)))
+    assert "none of its labels" in nothing.errors[0]
+    assert Pairwise()([], [], Judge()).errors == []
+    with pytest.raises(ValueError, match="2 candidates for 1 examples"):
+        Pairwise()(examples("a"), ["b", "c"], Judge())
+
+
+@pytest.mark.parametrize("detector", [None, BSDetector(k=2, samples="reasoned", reflection="reasoned", max_tokens=8)])
+def test_exchanged_responses_give_the_complement(tiny, detector):
+    engine, pairs = Transformers(tiny, dtype="float32"), [("the Alps", "Rome"), ("4", "5"), ("größer", "日本語, 🙂")]
+    there = Pairwise(detector)(examples(*(a for a, _ in pairs)), [b for _, b in pairs], engine)
+    back = Pairwise(detector)(examples(*(b for _, b in pairs)), [a for a, _ in pairs], engine)
+    assert not np.isnan(there.preference).all()
+    np.testing.assert_allclose(there.preference, 1 - back.preference, atol=1e-4)
+    np.testing.assert_allclose(there.position_bias, back.position_bias, atol=1e-4)
