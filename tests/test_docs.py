@@ -92,7 +92,6 @@ def test_the_readme_says_of_the_engines_what_was_measured():
     text = (ROOT / "README.md").read_text()
     [floor] = [e for e in ENGINES if e["compared"] == "score on vLLM with the floor"]
     ratio, tokens = floor["time_over_floor"], floor["tokens_per_row"]
-    once = tokens["each distinct prompt once"]
     times = f"{ratio['median']:.2f} times as long ({ratio['least']:.2f} to {ratio['most']:.2f}"
     counts = (
         f"Of {tokens['each distinct prompt once']:,.0f} prompt tokens a row, {tokens['prefilled']:.0f} are computed"
