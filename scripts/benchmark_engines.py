@@ -95,6 +95,8 @@ def main() -> None:
     model = str(fetch(args.model)) if args.model in MODELS else args.model
     rows = Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "report")
     batch = noise.other_answer(rows, fraction=0.5, seed=1)[: args.rows]
+    if args.others:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; three engines share the memory
     with VLLM(model, dtype=args.dtype, disable_log_stats=False) as engine:
         if args.others:
             found = others(engine, batch, args.pairs)
@@ -247,7 +249,7 @@ def serving(engine: VLLM) -> Iterator[str]:
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "served", "--block-size", "32"]
     command += ["--generation-config", "vllm", "--enforce-eager", "--dtype", dict(engine.options)["dtype"]]
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": cores}
+    own = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": cores}
     with subprocess.Popen(command, env={**os.environ, **own}, stdout=sys.stderr) as process:
         while process.poll() is None:
             with contextlib.suppress(OSError):

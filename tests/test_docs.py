@@ -86,3 +86,19 @@ def test_vllm_and_transformers_agree():
     assert entry["label_prompts"] >= 200
     assert entry["most_that_a_label_differs"] <= 0.02
     assert abs(entry["auroc"]["vllm"] - entry["auroc"]["transformers"]) <= 0.02
+
+
+def test_the_readme_says_of_the_engines_what_was_measured():
+    text = (ROOT / "README.md").read_text()
+    [floor] = [e for e in ENGINES if e["compared"] == "score on vLLM with the floor"]
+    ratio, tokens = floor["time_over_floor"], floor["tokens_per_row"]
+    times = f"{ratio['median']:.2f} times as long ({ratio['least']:.2f} to {ratio['most']:.2f}"
+    counts = (
+        f"Of {tokens['each distinct prompt once']:,.0f} prompt tokens a row, {tokens['prefilled']:.0f} are computed"
+    )
+    [each] = [e for e in ENGINES if e["compared"] == "score on every engine"]
+    rates = [
+        f"| {each['rows_per_second'][name]:.2f} ({low:.2f} to {high:.2f}) |"
+        for name, (low, high) in each["least_and_most"].items()
+    ]
+    assert all(shown in text for shown in (times, counts, *rates))
