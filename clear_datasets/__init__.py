@@ -1,7 +1,7 @@
 """Curate instruction-tuning data with the very LLM that is going to be fine-tuned.
 
-``ds.map(clear_datasets.score, batched=True)`` works as it stands: the module's `score`, `propose` and `prefer` are those of
-a default `Clear()`.
+``ds.map(clear_datasets.score, batched=True)`` works as it stands: the module's `score`, `propose` and `prefer` are
+those of a default `Clear()`.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32])
 
 
 def ask(engine: Engine, errors: list[str], asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
-    """Ask about all rows that have no error, in one batch; the answers by row. A row that is refused gets its reason."""
+    """Ask about all rows without an error, in one batch; the answers by row. What is refused gets its reason."""
     while left := [i for i, error in enumerate(errors) if not error]:
         each = [asks_of(i) for i in left]
         try:

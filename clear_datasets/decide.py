@@ -125,8 +125,8 @@ def decide(
     """A step for ``ds.map(..., batched=True)`` that adds ``clear_decision``: "keep", "drop" or "replace".
 
     A row above gamma is kept. One at or below it is replaced where there is a candidate (`Clear.propose`) whose
-    preference (`Clear.prefer`) is above eta, and dropped otherwise; without candidates none is replaced. A row without a
-    score is never replaced: nothing confident is known about it.
+    preference (`Clear.prefer`) is above eta, and dropped otherwise; without candidates none is replaced. A row without
+    a score is never replaced: nothing confident is known about it.
 
     Args:
         gamma: The threshold of confidence; see `threshold`.
@@ -222,7 +222,8 @@ def restore(ds: D, format: Format | None = None) -> D:
     back = _changed(ds, _Restore(format), lambda names: "clear_original" in names)
 
     def bare(split: Any) -> Any:
-        return split.remove_columns([name for name in split.column_names or () if name.startswith("clear_")])
+        names = split.column_names or next(iter(split), ())  # a stream may not tell before its first row
+        return split.remove_columns([name for name in names if name.startswith("clear_")])
 
     if not isinstance(back, Mapping):
         return cast("D", bare(back))
@@ -256,6 +257,8 @@ class _Replace:
     format: Format | None
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if "clear_candidate" not in batch:  # of a stream that did not tell
+            return {}
         form = self.format or infer_rows(batch)
         originals = [""] * len(batch["clear_decision"])
         changed: dict[str, list[Any]] = {"clear_original": originals}
@@ -272,6 +275,8 @@ class _Restore:
     format: Format | None
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if "clear_original" not in batch:
+            return {}
         form = self.format or infer_rows(batch)
         changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
         for i, original in enumerate(batch["clear_original"]):

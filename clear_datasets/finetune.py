@@ -42,8 +42,8 @@ def finetune(
         revision: Branch, tag or commit of a Hub model.
         format: Where rows keep prompt and target; inferred from the columns by default.
         lora: Settings of ``peft.LoraConfig``; None trains all weights.
-        **options: Of ``trl.SFTConfig``. By default 3 epochs in batches of 8, learning rate 2e-4 (all weights: 1e-5, as in
-            the paper), a checkpoint every tenth of the way, and no row is cut off (``max_length=None``).
+        **options: Of ``trl.SFTConfig``. By default 3 epochs in batches of 8, learning rate 2e-4 (all weights: 1e-5, as
+            in the paper), a checkpoint every tenth of the way, and no row is cut off (``max_length=None``).
 
     Returns:
         `out`, for `Clear.with_writer`.
@@ -76,8 +76,8 @@ def finetune(
         "bf16": not on_cpu and _bfloat16(),
         **options,
     }
-    run = {"rows": _digest(rows), "model": model, "revision": revision, "stamp": stamp(model)}
-    run = {**run, "lora": dict(lora) if lora is not None else None, "options": repr(sorted(settings.items()))}
+    run: dict[str, Any] = {"rows": _digest(rows), "model": model, "revision": revision, "stamp": stamp(model)}
+    run |= {"lora": dict(lora) if lora is not None else None, "options": repr(sorted(settings.items()))}
     if _before(folder, run):
         return str(folder)
     source = str(from_gguf(Path(model))) if model.endswith(".gguf") else model

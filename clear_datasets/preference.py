@@ -35,9 +35,10 @@ class Preferred:
 class Pairwise:
     """A pairwise judgement by the base model, and the confidence in it.
 
-    The model is asked which of two responses is better, first, second or tie, in both orders. With c and t, the confidence
-    that the candidate is better and that the target is, in each order: ``preference = 1/2 + (c1 * c2 - t1 * t2) / 2``.
-    What is preferred in one order alone counts as a tie, and the two exchanged give 1 - preference.
+    The model is asked which of two responses is better, first, second or tie, in both orders. With c and t, the
+    confidence that the candidate is better and that the target is, in each order:
+    ``preference = 1/2 + (c1 * c2 - t1 * t2) / 2``. What is preferred in one order alone counts as a tie, and the two
+    exchanged give 1 - preference.
 
     *Direct*, without `confidence`: c and t are the probabilities of the labels, from one forward pass each. *Reasoned*:
     they are BSDetector's confidence that the verdict answers the question, as in the paper:

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,7 +148,7 @@ def test_replaced_rows_hold_the_candidate_and_every_change_can_be_undone(name, s
     columns, form = SOURCES[name]
     source = Dataset.from_dict({k: list(v) for k, v in columns.items()})
     ds = Dataset.from_dict({**source.to_dict(), **CORRECTED}).cast(
-        source.features.copy() | Dataset.from_dict(CORRECTED).features
+        Features({**source.features, **Dataset.from_dict(CORRECTED).features})
     )
     decided = ds.map(decide(0.5), batched=True, batch_size=2)
     if stream:

@@ -61,11 +61,35 @@ def test_a_row_that_cannot_be_judged_has_a_reason():
         Pairwise()(examples("a"), ["b", "c"], Judge())
 
 
-@pytest.mark.parametrize("detector", [None, BSDetector(k=2, samples="reasoned", reflection="reasoned", max_tokens=8)])
-def test_exchanged_responses_give_the_complement(tiny, detector):
+def test_exchanged_responses_give_the_complement(tiny):
     engine, pairs = Transformers(tiny, dtype="float32"), [("the Alps", "Rome"), ("4", "5"), ("größer", "日本語, 🙂")]
-    there = Pairwise(detector)(examples(*(a for a, _ in pairs)), [b for _, b in pairs], engine)
-    back = Pairwise(detector)(examples(*(b for _, b in pairs)), [a for a, _ in pairs], engine)
+    there = Pairwise()(examples(*(a for a, _ in pairs)), [b for _, b in pairs], engine)
+    back = Pairwise()(examples(*(b for _, b in pairs)), [a for a, _ in pairs], engine)
     assert not np.isnan(there.preference).all()
     np.testing.assert_allclose(there.preference, 1 - back.preference, atol=1e-4)
     np.testing.assert_allclose(there.position_bias, back.position_bias, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class Reasoner(Judge):
+    """Explains, and says which; asked whether a verdict is right, it is sure when that is its own."""
+
+    def generate(self, prompts, *, n=1, temperature=0.0, max_tokens=512):
+        return [[f"Because. Answer: {self._verdict(p[-1]['content'])}"] * n for p in prompts]
+
+    def choose(self, prompts, labels):
+        sure = [self._verdict(p[-3]["content"]) in p[-3]["content"].split("Proposed answer: ")[1] for p in prompts]
+        return np.array([[0.9, 0.1, 0.0] if s else [0.1, 0.9, 0.0] for s in sure], dtype=np.float32)
+
+    def _verdict(self, text: str) -> str:
+        first, second = (self.good in part.split("\n")[0] for part in text.split(" answer: ")[1:3])
+        return "First" if first > second else "Second" if second > first else "Tie"
+
+
+def test_the_reasoned_form_has_the_confidence_of_bsdetector_in_each_verdict():
+    reasoned = Pairwise(BSDetector(k=2, samples="reasoned", reflection="reasoned"))
+    found = reasoned(examples("Berlin", "the Alps", "Rome"), ["the Alps", "Berlin", "Paris"], Reasoner())
+    high, low = 0.7 * 1 + 0.3 * 0.9, 0.7 * 0 + 0.3 * 0.1  # of the verdict that it gives, and of the other one
+    better = 0.5 + (high**2 - low**2) / 2
+    np.testing.assert_allclose(found.preference, [better, 1 - better, 0.5], atol=1e-6)
+    assert found.errors == ["", "", ""]
