@@ -11,7 +11,7 @@ from typing import Any
 from clear_datasets.confidence import BSDetector
 from clear_datasets.decide import above, curated, decide, restore, threshold
 from clear_datasets.formats import Chat, Columns, Example, infer
-from clear_datasets.preference import Pairwise
+from clear_datasets.preference import ByConfidence, Pairwise
 from clear_datasets.similarity import LLM, NLI, Embedding, Jaccard
 from clear_datasets.steps import Clear
 
@@ -21,6 +21,7 @@ __all__ = [
     "LLM",
     "NLI",
     "BSDetector",
+    "ByConfidence",
     "Chat",
     "Clear",
     "Columns",

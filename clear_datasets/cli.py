@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -31,6 +31,8 @@ _EXAMPLES = """Examples:
   clear-datasets curate 'data/*.parquet' -o curated.parquet --model ./checkpoint --keep 0.6
 
   clear-datasets curate tatsu-lab/alpaca --split train -o curated/ --model Qwen/Qwen2.5-7B-Instruct
+
+  clear-datasets curate train.jsonl -o curated.jsonl --model Qwen/Qwen2.5-7B-Instruct --correct
 
 Exit codes: 0 done, 1 wrong input or settings, 2 wrong usage, 3 no row could be scored."""
 
@@ -99,7 +101,7 @@ def score(
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
         clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
-        scored = _score(rows, clear, batch_size)
+        scored = _mapped(rows, clear.score, "scoring", batch_size)
         write(scored, out)
         _summary(scored, out, clear, None)
 
@@ -124,30 +126,64 @@ def curate(
     response: _Response = None,
     system: _System = None,
     samples: _K = 5,
+    correct: Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")] = False,
+    writer: Annotated[
+        str | None, typer.Option(help="Adapter or model that writes candidates; by default MODEL is fine-tuned.")
+    ] = None,
+    eta: Annotated[float, typer.Option(min=0, max=1, help="Preference above which a candidate replaces.")] = 0.8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to curate, each time what the last round left.")] = 1,
 ) -> None:
     """Keep the rows of SRC whose confidence is above a threshold.
 
     OUT has the kept rows in SRC's own columns. Every row with its scores and decision stands beside it, in
-    OUT.audit.parquet.
+    OUT.audit.parquet. With --correct, MODEL is fine-tuned on the kept rows (into OUT.writer), and the other rows get
+    its answer where MODEL itself is sure that it is better. A run that was broken off goes on where it was.
     """
-    from clear_datasets import BSDetector, Clear, curated, decide, threshold
+    from clear_datasets import BSDetector, Clear, curated, threshold
 
-    audit = out.with_name(out.name + ".audit.parquet")
     with _clear_errors(2):
         check_out(out, src)
+        if not correct and (writer or rounds > 1):
+            raise ValueError("--writer and --rounds go with --correct")
     with _clear_errors():
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
         clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
-        scored = _score(rows, clear, batch_size)
-        if all(scored["clear_error"][:]):
-            write(scored, audit)
-            _summary(scored, audit, clear, None)
-        cut = threshold(scored, keep) if gamma is None else gamma
-        decided = scored.map(decide(cut, failed=failed.value), batched=True)
-        write(decided, audit)
-        write(curated(decided).select_columns(rows.column_names), out)
+        for number in range(1, rounds + 1):
+            name = out.name + (f".round{number}" if number < rounds else "")
+            audit = out.with_name(f"{name}.audit.parquet")
+            scored = _mapped(rows, clear.score, "scoring", batch_size)
+            if all(scored["clear_error"][:]):
+                write(scored, audit)
+                _summary(scored, audit, clear, None)
+            cut = threshold(scored, keep) if gamma is None else gamma
+            decided = _decided(scored, clear, cut, failed, eta, out.with_name(f"{name}.writer"), batch_size,
+                               writer, correct)  # fmt: skip
+            write(decided, audit)
+            rows = curated(decided, form).select_columns(rows.column_names)
+        write(rows, out)
         _summary(decided, out, clear, cut)
+
+
+def _decided(scored: Dataset, clear: Clear, gamma: float, failed: _Failed, eta: float, folder: Path,
+             batch_size: int | None, writer: str | None, correct: bool) -> Dataset:  # fmt: skip
+    """Decisions on scored rows; to correct them, candidates and preferences before."""
+    from clear_datasets import curated, decide
+
+    decided = scored.map(decide(gamma, eta, failed=failed.value), batched=True)
+    if not correct:
+        return decided
+    if writer is None:
+        from clear_datasets.finetune import finetune
+
+        clear.close()  # its memory is needed
+        kept = curated(decided)
+        _console.print(f"fine-tuning on {len(kept):,} rows, into {folder}")
+        writer = finetune(kept, clear.model, folder, revision=clear.revision, format=clear.format)
+    clear = clear.with_writer(writer, gamma)
+    proposed = _mapped(scored, clear.propose, "writing candidates", batch_size)
+    judged = _mapped(proposed, clear.prefer, "judging candidates", batch_size)
+    return judged.map(decide(gamma, eta, failed=failed.value), batched=True)
 
 
 def _format(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
@@ -170,8 +206,8 @@ def _format(rows: Dataset, prompt: str | None, response: str | None, input: str 
     return replace(form, **given)
 
 
-def _score(rows: Dataset, clear: Clear, batch_size: int | None) -> Dataset:
-    """`rows.map(clear.score)` with a progress bar; rows scored before with the same settings come from the cache."""
+def _mapped(rows: Dataset, method: Callable[..., dict[str, Any]], what: str, batch_size: int | None) -> Dataset:
+    """`rows.map(method)` with a progress bar; what was done before with the same settings comes from the cache."""
     import torch
     from datasets.fingerprint import Hasher
     from rich.progress import (
@@ -185,7 +221,7 @@ def _score(rows: Dataset, clear: Clear, batch_size: int | None) -> Dataset:
 
     batch_size = batch_size or (1000 if torch.cuda.device_count() else 64)
     started = time.monotonic()
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
     with Progress(*columns, console=_console) as progress:
         task = progress.add_task("score", total=len(rows), speed="loading the model")
@@ -193,18 +229,18 @@ def _score(rows: Dataset, clear: Clear, batch_size: int | None) -> Dataset:
 
         def step(batch: dict[str, list[Any]]) -> dict[str, Any]:
             nonlocal done
-            scored: dict[str, Any] = clear.score(batch)
-            done += len(scored["clear_error"])
+            added = method(batch)
+            done += len(added["clear_error"])
             speed = f"{done / (time.monotonic() - started):.2f} rows/s"
             progress.update(task, completed=done, speed=speed)
-            return scored
+            return added
 
-        fingerprint = Hasher.hash((rows._fingerprint, clear.score, batch_size))
-        scored = rows.map(step, batched=True, batch_size=batch_size, new_fingerprint=fingerprint)
+        fingerprint = Hasher.hash((rows._fingerprint, method, batch_size))
+        result = rows.map(step, batched=True, batch_size=batch_size, new_fingerprint=fingerprint)
         if not done:
             progress.update(task, speed="from the cache")
         progress.update(task, completed=len(rows))
-    return scored
+    return result
 
 
 def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
@@ -220,6 +256,8 @@ def _summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     if gamma is not None:
         decisions = ds["clear_decision"][:]
         table.add_row("kept", f"{decisions.count('keep'):,}")
+        if "clear_candidate" in ds.column_names:
+            table.add_row("replaced", f"{decisions.count('replace'):,}")
         table.add_row("dropped", f"{decisions.count('drop'):,}")
         table.add_row("gamma", f"{gamma:.4f}")
     table.add_row("failed", f"{int((~scored).sum()):,}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,23 @@ class Preferred:
     preference: Scores
     position_bias: Scores
     errors: list[str]
+
+
+class Preference(Protocol):
+    """Which of two responses is better, and how sure."""
+
+    def __call__(self, examples: Sequence[Example], candidates: Sequence[str], engine: Engine) -> Preferred:
+        """Judge each candidate against the response of its example.
+
+        Args:
+            examples: Prompts and responses.
+            candidates: A text for each.
+            engine: The base model.
+
+        Returns:
+            Preferences and reasons, in the order of the examples; the two exchanged give 1 - preference.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,16 +76,7 @@ class Pairwise:
     confidence: BSDetector | None = None
 
     def __call__(self, examples: Sequence[Example], candidates: Sequence[str], engine: Engine) -> Preferred:
-        """Judge each candidate against the response of its example.
-
-        Args:
-            examples: Prompts and responses.
-            candidates: A text for each.
-            engine: The base model.
-
-        Returns:
-            Preferences and reasons, in the order of the examples.
-        """
+        """See `Preference`."""
         if len(examples) != len(candidates):
             raise ValueError(f"{len(candidates)} candidates for {len(examples)} examples; expected one for each")
         asked = [
@@ -96,3 +105,38 @@ class Pairwise:
         found = self.confidence(questions, engine)
         errors = [next((e for e in found.errors[4 * i : 4 * i + 4] if e), "") for i in range(len(asked))]
         return found.confidence.reshape(len(asked), 2, 2), errors
+
+
+@dataclass(frozen=True)
+class ByConfidence:
+    """What either response is worth by itself, taken for a chance of being right.
+
+    With c and t, BSDetector's confidence in candidate and target: ``preference = c (1 - t) / (c (1 - t) + t (1 - c))``,
+    the chance that the candidate is right where one of them is. The two exchanged give 1 - preference, as far as both
+    are compared with the same samples: in `Transformers`, whose samples belong to their prompt. For models that are too
+    small to judge a pair.
+
+    Args:
+        confidence: The estimator.
+
+    Example:
+        >>> ByConfidence().confidence.k
+        5
+
+    References:
+        Chen and Mueller 2024, arXiv 2308.16175: one set of samples serves every response to a prompt. As a preference
+        it is ours.
+    """
+
+    confidence: BSDetector = field(default_factory=BSDetector)
+
+    def __call__(self, examples: Sequence[Example], candidates: Sequence[str], engine: Engine) -> Preferred:
+        """See `Preference`; there are no places, and no bias for them."""
+        both = [e for pair in zip(examples, candidates, strict=True) for e in (pair[0], Example(pair[0].prompt, pair[1]))]
+        found = self.confidence(both, engine)
+        target, candidate = found.confidence.reshape(-1, 2).T
+        errors = [a or b for a, b in zip(found.errors[::2], found.errors[1::2], strict=True)]
+        better, worse = candidate * (1 - target), target * (1 - candidate)
+        total = better + worse
+        preference = np.where(total == 0, 0.5, better / np.where(total == 0, 1, total)).astype(np.float32)
+        return Preferred(preference, np.where(np.isnan(preference), np.nan, 0).astype(np.float32), errors)

@@ -14,7 +14,7 @@ from clear_datasets.confidence import BSDetector, ask
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, infer_rows
-from clear_datasets.preference import Pairwise
+from clear_datasets.preference import Pairwise, Preference
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -57,7 +57,7 @@ class Clear:
     engine: Engine | None = field(default=None, kw_only=True)
     format: Format | None = field(default=None, kw_only=True)
     confidence: BSDetector = field(default_factory=BSDetector, kw_only=True)
-    preference: Pairwise = field(default_factory=Pairwise, kw_only=True)
+    preference: Preference = field(default_factory=Pairwise, kw_only=True)
     writer: str | None = field(default=None, kw_only=True)
     gamma: float | None = field(default=None, kw_only=True)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)

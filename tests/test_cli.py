@@ -28,7 +28,7 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     """A model that spreads its probability evenly, so that "Yes" and "No" hold more than the 1% that a score needs."""
-    return str(make_tiny(tmp_path_factory.mktemp("even"), initializer_range=0.05))
+    return str(make_tiny(tmp_path_factory.mktemp("even"), initializer_range=0.05, max_position_embeddings=4096))
 
 
 @pytest.fixture
@@ -51,6 +51,41 @@ def test_curate_writes_the_kept_rows_and_an_audit_of_all(source, tiny, tmp_path)
     for piece in ("kept", "dropped", "failed", "rows/s", "least confident", "confidence 0.4 to 0.5", "wrote"):
         assert piece in done.stderr
     assert sorted(p.name for p in out.parent.iterdir()) == ["curated.jsonl", "curated.jsonl.audit.parquet"]
+
+
+def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, tiny, tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    out = tmp_path / "curated.jsonl"
+    settings = ("--model", tiny, "--samples", "2", "--correct", "--eta", "0")  # all candidates are taken
+    done = run("curate", source, "-o", out, *settings)
+    assert done.returncode == 0, done.stderr
+    audit = Dataset.from_parquet(str(out) + ".audit.parquet").to_list()
+    assert [{k: r[k] for k in ROWS[0]} for r in audit] == ROWS
+    decisions = [a["clear_decision"] for a in audit]
+    wanted = [
+        {**r, "answer": a["clear_candidate"]} if a["clear_decision"] == "replace" else r
+        for r, a in zip(ROWS, audit, strict=True)
+        if a["clear_decision"] != "drop"
+    ]
+    assert lines(out) == wanted
+    assert "replace" in decisions
+    assert all(not a["clear_candidate"] for a in audit if a["clear_decision"] == "keep")
+    folder = tmp_path / "curated.jsonl.writer"
+    assert (folder / "adapter_config.json").is_file()
+    again = run("curate", source, "-o", out, *settings)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("from the cache") == 3
+    assert lines(out) == wanted
+    given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder, "--rounds", "2")
+    assert given.returncode == 0, given.stderr
+    first = Dataset.from_parquet(str(tmp_path / "two.jsonl.round1.audit.parquet")).to_list()
+    assert [r["clear_decision"] for r in first] == decisions
+    second = Dataset.from_parquet(str(tmp_path / "two.jsonl.audit.parquet")).to_list()
+    assert [{k: r[k] for k in ROWS[0]} for r in second] == wanted
+    wrong = run("curate", source, "-o", out, "--model", tiny, "--writer", folder)
+    assert wrong.returncode == 2
+    assert "--writer and --rounds go with --correct" in wrong.stderr
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet", ""])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from clear_datasets import BSDetector, Example, Pairwise
+from clear_datasets import BSDetector, ByConfidence, Example, Pairwise
 from clear_datasets.engines import Messages, PromptError
 from clear_datasets.engines.transformers import Transformers
 from tests.conftest import Scripted
@@ -93,3 +93,14 @@ def test_the_reasoned_form_has_the_confidence_of_bsdetector_in_each_verdict():
     better = 0.5 + (high**2 - low**2) / 2
     np.testing.assert_allclose(found.preference, [better, 1 - better, 0.5], atol=1e-6)
     assert found.errors == ["", "", ""]
+
+
+def test_by_confidence_compares_what_each_is_worth_by_itself():
+    engine = Scripted(answers=(("Where", "the Alps"),), yes=("the Alps",), limit=200)
+    found = ByConfidence()(examples("Berlin", "the Alps", "Rome", "x" * 300), ["the Alps", "Berlin", "Paris", "y"], engine)
+    assert found.preference[0] > 0.9
+    np.testing.assert_allclose(found.preference[1], 1 - found.preference[0], atol=1e-6)
+    np.testing.assert_allclose(found.preference[2], 0.5, atol=0.01)
+    assert np.isnan(found.preference[3])
+    assert "the limit is 200" in found.errors[3]
+    assert found.position_bias[:3].tolist() == [0, 0, 0]
