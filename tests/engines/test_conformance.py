@@ -124,11 +124,14 @@ def test_an_interrupt_stops_the_batch_and_the_next_one_is_answered(engine, promp
     if type(engine).__name__ == "Scripted":
         pytest.skip("it answers at once")
     wanted = engine.generate(prompts, max_tokens=8)
-    started, main = time.monotonic(), threading.main_thread().ident
-    timer = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        [engine.generate(prompts, n=50, temperature=1.0, max_tokens=250) for _ in range(1000)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        started, main = time.monotonic(), threading.main_thread().ident
+        threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            [engine.generate(prompts, n=50, temperature=1.0, max_tokens=250) for _ in range(1000)]
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 60
     assert engine.generate(prompts, max_tokens=8) == wanted
 
