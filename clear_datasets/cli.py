@@ -131,59 +131,59 @@ def curate(
         str | None, typer.Option(help="Adapter or model that writes candidates; by default MODEL is fine-tuned.")
     ] = None,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Preference above which a candidate replaces.")] = 0.8,
-    rounds: Annotated[int, typer.Option(min=1, help="How often to curate, each time what the last round left.")] = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often to write candidates, by a model trained on the last round.")
+    ] = 1,
 ) -> None:
     """Keep the rows of SRC whose confidence is above a threshold.
 
     OUT has the kept rows in SRC's own columns. Every row with its scores and decision stands beside it, in
     OUT.audit.parquet. With --correct, MODEL is fine-tuned on the kept rows (into OUT.writer), and the other rows get
-    its answer where MODEL itself is sure that it is better. A run that was broken off goes on where it was.
+    its answer where MODEL itself is sure that it is better. A run that was broken off begins the stage anew that it
+    was in; fine-tuning goes on from its last checkpoint.
     """
-    from clear_datasets import BSDetector, Clear, curated, threshold
+    from clear_datasets import BSDetector, Clear, curated, decide, threshold
 
     with _clear_errors(2):
         check_out(out, src)
         if not correct and (writer or rounds > 1):
             raise ValueError("--writer and --rounds go with --correct")
+        if writer and rounds > 1:
+            raise ValueError("each of --rounds trains a writer: leave out --writer")
     with _clear_errors():
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
         clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
-        for number in range(1, rounds + 1):
-            name = out.name + (f".round{number}" if number < rounds else "")
-            audit = out.with_name(f"{name}.audit.parquet")
-            scored = _mapped(rows, clear.score, "scoring", batch_size)
-            if all(scored["clear_error"][:]):
-                write(scored, audit)
-                _summary(scored, audit, clear, None)
-            cut = threshold(scored, keep) if gamma is None else gamma
-            decided = _decided(scored, clear, cut, failed, eta, out.with_name(f"{name}.writer"), batch_size,
-                               writer, correct)  # fmt: skip
-            write(decided, audit)
-            rows = curated(decided, form).select_columns(rows.column_names)
-        write(rows, out)
+        scored = _mapped(rows, clear.score, "scoring", batch_size)
+        audit = out.with_name(out.name + ".audit.parquet")
+        if all(scored["clear_error"][:]):
+            write(scored, audit)
+            _summary(scored, audit, clear, None)
+        cut = threshold(scored, keep) if gamma is None else gamma
+        decided = scored.map(decide(cut, eta, failed=failed.value), batched=True)
+        for number in range(rounds if correct else 0):
+            folder = out.with_name(f"{out.name}.writer" + (f"{number + 1}" if rounds > 1 else ""))
+            decided = _corrected(scored, decided, clear.with_writer(writer or folder, cut), writer is None, batch_size)
+            decided = decided.map(decide(cut, eta, failed=failed.value), batched=True)
+        write(decided, audit)
+        write(curated(decided, form).select_columns(rows.column_names), out)
         _summary(decided, out, clear, cut)
 
 
-def _decided(scored: Dataset, clear: Clear, gamma: float, failed: _Failed, eta: float, folder: Path,
-             batch_size: int | None, writer: str | None, correct: bool) -> Dataset:  # fmt: skip
-    """Decisions on scored rows; to correct them, candidates and preferences before."""
-    from clear_datasets import curated, decide
+def _corrected(scored: Dataset, decided: Dataset, clear: Clear, train: bool, batch_size: int | None) -> Dataset:
+    """The scored rows with candidates and preferences, of a writer that is trained on the rows decided for so far."""
+    from clear_datasets import curated
 
-    decided = scored.map(decide(gamma, eta, failed=failed.value), batched=True)
-    if not correct:
-        return decided
-    if writer is None:
+    assert clear.writer is not None
+    if train:
         from clear_datasets.finetune import finetune
 
-        clear.close()  # its memory is needed
-        kept = curated(decided)
-        _console.print(f"fine-tuning on {len(kept):,} rows, into {folder}")
-        writer = finetune(kept, clear.model, folder, revision=clear.revision, format=clear.format)
-    clear = clear.with_writer(writer, gamma)
+        replace(clear, writer=None).close()  # its memory is needed
+        rows = curated(decided, clear.format).filter(lambda error: not error, input_columns="clear_error")
+        _console.print(f"fine-tuning on {len(rows):,} rows, into {clear.writer}")
+        finetune(rows, clear.model, clear.writer, revision=clear.revision, format=clear.format)
     proposed = _mapped(scored, clear.propose, "writing candidates", batch_size)
-    judged = _mapped(proposed, clear.prefer, "judging candidates", batch_size)
-    return judged.map(decide(gamma, eta, failed=failed.value), batched=True)
+    return _mapped(proposed, clear.prefer, "judging candidates", batch_size)
 
 
 def _format(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,

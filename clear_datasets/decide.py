@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from clear_datasets.formats import Format, infer_rows
+from clear_datasets.formats import Format, RowOf, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 Failed = Literal["keep", "drop", "raise"]
 _FAILED = ("keep", "drop", "raise")
+_OURS = tuple(
+    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "error", "candidate", "preference",
+                                 "position_bias", "decision", "original")
+)  # fmt: skip
 
 
 def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear_confidence") -> float:
@@ -223,7 +227,7 @@ def restore(ds: D, format: Format | None = None) -> D:
 
     def bare(split: Any) -> Any:
         names = split.column_names or next(iter(split), ())  # a stream may not tell before its first row
-        return split.remove_columns([name for name in names if name.startswith("clear_")])
+        return split.remove_columns([name for name in names if name in _OURS])
 
     if not isinstance(back, Mapping):
         return cast("D", bare(back))
@@ -240,8 +244,15 @@ def _changed(ds: D, step: Callable[..., dict[str, Any]], wanted: Callable[[list[
         features = split.features and split.features.copy()
         if features is not None and isinstance(step, _Replace):
             features["clear_original"] = Value("string")
-        kind = getattr(split, "format", {}).get("type")
-        return split.with_format(None).map(step, batched=True, features=features).with_format(kind)
+        if not hasattr(split, "__len__"):
+            return split.map(step, batched=True, features=features)
+        if not len(split):  # which map leaves as it is
+            missing = [name for name in features if name not in split.features]
+            return split.add_column(missing[0], [], feature=Value("string")) if missing else split
+        changed, old = split.with_format(None).map(step, batched=True, features=features), split.format
+        columns = None if set(old["columns"]) == set(split.column_names) else old["columns"]
+        rest = {"output_all_columns": old["output_all_columns"], **old["format_kwargs"]}
+        return changed.with_format(old["type"], columns=columns, **rest) if old["type"] else changed
 
     if not isinstance(ds, Mapping):
         return cast("D", change(ds))
@@ -260,12 +271,13 @@ class _Replace:
         if "clear_candidate" not in batch:  # of a stream that did not tell
             return {}
         form = self.format or infer_rows(batch)
-        originals = [""] * len(batch["clear_decision"])
+        before = batch["clear_original"] if "clear_original" in batch else [""] * len(batch["clear_decision"])
+        originals = [original or "" for original in before]  # of an earlier round, which stay
         changed: dict[str, list[Any]] = {"clear_original": originals}
         for i, decision in enumerate(batch["clear_decision"]):
             if decision == "replace":
-                row = {name: values[i] for name, values in batch.items()}
-                originals[i] = form.read(row).response
+                row = RowOf(batch, i)
+                originals[i] = originals[i] or form.read(row).response
                 _put(changed, batch, i, form.write(row, row["clear_candidate"]))
         return changed
 
@@ -281,8 +293,7 @@ class _Restore:
         changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
         for i, original in enumerate(batch["clear_original"]):
             if original:
-                row = {name: values[i] for name, values in batch.items()}
-                _put(changed, batch, i, form.write(row, original))
+                _put(changed, batch, i, form.write(RowOf(batch, i), original))
         return changed
 
 

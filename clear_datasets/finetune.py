@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clear_datasets.engines.checkpoint import best_device, from_gguf, stamp
-from clear_datasets.formats import Format, FormatError, infer_rows
+from clear_datasets.engines import PromptError
+from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.checkpoint import best_device, fast_dtype, from_gguf, stamp
+from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,13 +61,21 @@ def finetune(
     """
     try:
         from peft import LoraConfig
-        from transformers.trainer_utils import get_last_checkpoint
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise ImportError(f'fine-tuning needs trl and peft ({error}): pip install "clear-datasets[train]"') from error
+    import torch
+    from transformers import AutoTokenizer
 
+    if taken := sorted({"output_dir", "completion_only_loss"} & set(options)):
+        raise ValueError(
+            f"{' and '.join(taken)} cannot be set: out is the folder, and the loss is that of the response"
+        )
     folder, on_cpu = Path(out), best_device() == "cpu"
-    rows = _pairs(ds, format)
+    source = str(from_gguf(Path(model))) if model.endswith(".gguf") else model
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    rows = _tokens(ds, format, tokenizer, source, revision)
+    loading = {"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"}
     settings = {
         "num_train_epochs": 3,
         "per_device_train_batch_size": 8,
@@ -73,90 +85,116 @@ def finetune(
         "save_total_limit": 2,
         "logging_steps": 10,
         "report_to": "none",
-        "bf16": not on_cpu and _bfloat16(),
+        "bf16": not on_cpu and not options.get("fp16") and fast_dtype(torch.device("cuda")) == torch.bfloat16,
         **options,
+        "model_init_kwargs": {**loading, **(options.get("model_init_kwargs") or {})},
     }
     run: dict[str, Any] = {"rows": _digest(rows), "model": model, "revision": revision, "stamp": stamp(model)}
-    run |= {"lora": dict(lora) if lora is not None else None, "options": repr(sorted(settings.items()))}
-    if _before(folder, run):
+    run |= {"lora": repr(sorted(lora.items())) if lora is not None else None, "options": repr(sorted(settings.items()))}
+    if _done(folder, run):
         return str(folder)
-    source = str(from_gguf(Path(model))) if model.endswith(".gguf") else model
     trainer = SFTTrainer(
         model=source,
-        args=SFTConfig(
-            output_dir=str(folder),
-            completion_only_loss=True,
-            model_init_kwargs={"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"},
-            **settings,
-        ),
+        args=SFTConfig(output_dir=str(folder), completion_only_loss=True, **settings),
         train_dataset=rows,
+        processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if lora is not None else None,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    trainer.save_model(str(folder))
-    (folder / _RUN).write_text(json.dumps({**run, "done": True}))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _RUN).write_text(json.dumps({**run, "done": False}))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        trainer.save_model(str(folder))
+        (folder / _RUN).write_text(json.dumps({**run, "done": True}))
+    finally:
+        trainer.accelerator.free_memory()
+        del trainer  # the memory of a GPU is needed for what comes next
+        gc.collect()
+        if not on_cpu:
+            torch.cuda.empty_cache()
     return str(folder)
 
 
-def _before(folder: Path, run: dict[str, Any]) -> bool:
-    """Whether this very run was done already; notes that it is begun where it was not."""
+def _done(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether this very run was done already; refuses a folder of anything else."""
     file = folder / _RUN
     if file.is_file():
         old = json.loads(file.read_text())
         changed = [name for name, value in run.items() if old.get(name) != value]
-        if changed:
+        if changed and (old["done"] or any(folder.glob("checkpoint-*"))):
             raise ValueError(
                 f"{folder} holds a run with other {', '.join(changed)}: give another folder, or delete this one"
             )
         return bool(old["done"])
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files of something else: give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**run, "done": False}))
     return False
 
 
-def _pairs(ds: Dataset, format: Format | None) -> Dataset:
-    """Prompts and completions as messages, of the rows that can be read."""
-    from datasets import Features, List, Value
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: its state is written last."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    for broken in set(folder.glob("checkpoint-*")) - set(whole):
+        shutil.rmtree(broken)
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
-    message = {"role": Value("string"), "content": Value("string")}
-    features = Features({"prompt": List(message), "completion": List(message)})
-    step = _Pair(format)
-    rows = ds.with_format(None).map(step, batched=True, remove_columns=ds.column_names, features=features)
+
+def _tokens(ds: Dataset, format: Format | None, tokenizer: Any, source: str, revision: str | None) -> Dataset:
+    """Token ids as the engines make them, and which of them the loss is of; rows that cannot be read are left out."""
+    from datasets import Features, List, Value
+    from transformers import AutoConfig, GenerationConfig
+
+    text = AutoConfig.from_pretrained(source, revision=revision).get_text_config()
+    try:
+        ends = GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
+    except OSError:  # it has no such file
+        ends = getattr(text, "eos_token_id", None)
+    limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
+    step = _Tokens(format, Chats.of(tokenizer, limit, ends))
+    features = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("int8"))})
+    rows = ds.with_format(None).map(
+        step, batched=True, remove_columns=ds.column_names, features=features, load_from_cache_file=False
+    )
     if not len(rows):
         raise ValueError(f"none of the {len(ds)} rows can be read: see what clear.score says of them")
     if len(rows) < len(ds):
-        warnings.warn(f"{len(ds) - len(rows)} of {len(ds)} rows cannot be read and are left out", stacklevel=3)
+        warnings.warn(
+            f"{len(ds) - len(rows)} of {len(ds)} rows are left out; the first one: {step.reasons[0]}", stacklevel=3
+        )
     return rows
 
 
 def _digest(rows: Dataset) -> str:
-    """Of the texts, as fingerprints of datasets differ between equal ones."""
+    """Of the tokens, as fingerprints of datasets differ between equal ones."""
     digest = hashlib.sha256()
     for batch in rows.iter(1000):
         digest.update(json.dumps(batch).encode())
     return digest.hexdigest()[:16]
 
 
-class _Pair:
-    def __init__(self, format: Format | None) -> None:
-        self.format = format
+class _Tokens:
+    def __init__(self, format: Format | None, chats: Chats) -> None:
+        self.format, self.chats = format, chats
+        self.reasons: list[str] = []
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         form = self.format or infer_rows(batch)
-        pairs: dict[str, list[Any]] = {"prompt": [], "completion": []}
-        for i in range(len(next(iter(batch.values()), []))):
+        examples: list[Example] = []
+        for i in range(len(batch[next(iter(batch))])):
             try:
-                example = form.read({name: values[i] for name, values in batch.items()})
-            except FormatError:
-                continue
-            pairs["prompt"].append([dict(m) for m in example.prompt])
-            pairs["completion"].append([{"role": "assistant", "content": example.response}])
-        return pairs
-
-
-def _bfloat16() -> bool:
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+                examples.append(form.read(RowOf(batch, i)))
+            except FormatError as error:
+                self.reasons.append(str(error))
+        responses = [self.chats.response(e.response) for e in examples]
+        try:
+            prompts = self.chats.encode([e.prompt for e in examples], list(map(len, responses)))
+        except PromptError as error:
+            self.reasons += error.reasons.values()
+            kept = [i for i in range(len(examples)) if i not in error.reasons]
+            examples, responses = [examples[i] for i in kept], [responses[i] for i in kept]
+            prompts = self.chats.encode([e.prompt for e in examples], list(map(len, responses)))
+        pairs = list(zip(prompts, responses, strict=True))
+        return {
+            "input_ids": [p + r for p, r in pairs],
+            "completion_mask": [[0] * len(p) + [1] * len(r) for p, r in pairs],
+        }

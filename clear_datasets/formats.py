@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -220,13 +220,46 @@ def infer(columns: Mapping[str, Any]) -> Format:
 
 
 def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
-    """The format of some rows, by the first value of each column that is not empty: an empty chat hides its keys."""
-    return infer(
-        {
-            name: next((v for v in values if v is not None and v != []), values[0] if len(values) else None)
-            for name, values in rows.items()
-        }
-    )
+    """The format of some rows, by the first value of a column that is not empty: an empty chat hides its keys."""
+    return infer(_Firsts(rows))
+
+
+class _Lazily(Mapping[str, Any]):
+    """Values by column, read when asked for: what is not looked at is neither decoded nor written anew."""
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        self.columns = columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self.columns)
+
+
+class _Firsts(_Lazily):
+    def __getitem__(self, name: str) -> Any:
+        values = self.columns[name]
+        return next((v for v in values if v is not None and v != []), values[0] if len(values) else None)
+
+
+class RowOf(_Lazily):
+    """Row `number` of a batch.
+
+    Example:
+        >>> RowOf({"question": ["Who?", "Where?"]}, 1)["question"]
+        'Where?'
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Any]], number: int) -> None:
+        super().__init__(columns)
+        self.number = number
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[name][self.number]
 
 
 def _keys(turns: Any) -> set[str]:

@@ -132,7 +132,9 @@ class ByConfidence:
 
     def __call__(self, examples: Sequence[Example], candidates: Sequence[str], engine: Engine) -> Preferred:
         """See `Preference`; there are no places, and no bias for them."""
-        both = [e for pair in zip(examples, candidates, strict=True) for e in (pair[0], Example(pair[0].prompt, pair[1]))]
+        both = [
+            e for pair in zip(examples, candidates, strict=True) for e in (pair[0], Example(pair[0].prompt, pair[1]))
+        ]
         found = self.confidence(both, engine)
         target, candidate = found.confidence.reshape(-1, 2).T
         errors = [a or b for a, b in zip(found.errors[::2], found.errors[1::2], strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clear_datasets.confidence import BSDetector, ask
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
-from clear_datasets.formats import Example, Format, FormatError, infer_rows
+from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 from clear_datasets.preference import Pairwise, Preference
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Clear:
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
-        examples, errors = self._read(_columns(batch))
+        examples, errors = self._read(_Batch(batch))
         sound = [i for i, example in enumerate(examples) if example is not None]
         scores: dict[str, npt.NDArray[np.float32]] = {
             c: np.full(len(errors), np.nan, dtype=np.float32) for c in _COLUMNS
@@ -135,7 +135,7 @@ class Clear:
         """
         if self.writer is None:
             raise ValueError("no model writes candidates: clear = clear.with_writer('folder of an adapter or model')")
-        columns = _columns(batch)
+        columns = _Batch(batch)
         examples, errors = self._read(columns)
         wanted = [i for i, example in enumerate(examples) if example is not None and self._low(columns, i)]
         candidates, reasons = [""] * len(errors), [""] * len(wanted)
@@ -143,7 +143,7 @@ class Clear:
         def question(j: int) -> Asks:
             example = examples[wanted[j]]
             assert example is not None
-            return Asks([example.prompt], max_tokens=[max(_CANDIDATE, 2 * len(example.response.encode()))])
+            return Asks([example.prompt], max_tokens=[max(_CANDIDATE, 64 + len(example.response.encode()) // 2)])
 
         if wanted:
             found = ask(self._base(rank).with_writer(self.writer), reasons, question)
@@ -170,7 +170,7 @@ class Clear:
         References:
             Chen and Mueller 2024, arXiv 2403.12776 (Auto-Correct, steps 2 and 3).
         """
-        columns = _columns(batch)
+        columns = _Batch(batch)
         if "clear_candidate" not in columns:
             raise ValueError("no column 'clear_candidate': run ds = ds.map(clear.propose, batched=True) first")
         examples, errors = self._read(columns)
@@ -190,7 +190,7 @@ class Clear:
             use_rank(rank, self.engine.gpus if self.engine else 1)
         return self.engine or default_engine(self.model, self.revision)
 
-    def _low(self, columns: Mapping[str, list[Any]], i: int) -> bool:
+    def _low(self, columns: _Batch, i: int) -> bool:
         if self.gamma is None:
             return True
         if "clear_confidence" not in columns:
@@ -200,11 +200,10 @@ class Clear:
 
     @staticmethod
     def _added(
-        batch: Any, columns: dict[str, list[Any]], added: dict[str, Any], what: str, rows: list[int], reasons: list[str]
+        batch: Any, columns: _Batch, added: dict[str, Any], what: str, rows: list[int], reasons: list[str]
     ) -> Any:
         """The new columns, with reasons beside those that rows have already."""
-        size = len(next(iter(columns.values()), []))
-        errors = [e or "" for e in columns.get("clear_error", [""] * size)]
+        errors = [e or "" for e in columns["clear_error"]] if "clear_error" in columns else [""] * columns.size
         for i, reason in zip(rows, reasons, strict=True):
             if reason:
                 errors[i] = "; ".join(e for e in (errors[i], f"{what}: {reason}") if e)
@@ -212,8 +211,11 @@ class Clear:
         return added if isinstance(batch, Mapping) else _beside(batch, added)
 
     def close(self) -> None:
-        """Free the memory of the model in this process, for fine-tuning, say; the next step loads it anew."""
-        self._base(None).close()
+        """Free the memory of the models in this process, for fine-tuning, say; the next step loads them anew."""
+        base = self._base(None)
+        base.close()
+        if self.writer is not None:
+            base.with_writer(self.writer).close()
 
     @staticmethod
     def features(features: Features) -> Features:
@@ -234,15 +236,14 @@ class Clear:
             )
         return Features({**features, **{name: Value("float32") for name in _COLUMNS}, "clear_error": Value("string")})
 
-    def _read(self, batch: dict[str, list[Any]]) -> tuple[list[Example | None], list[str]]:
-        size = len(next(iter(batch.values()), []))
-        form = (self.format or infer_rows(batch)) if size else None
+    def _read(self, batch: _Batch) -> tuple[list[Example | None], list[str]]:
+        form = (self.format or infer_rows(batch)) if batch.size else None
         examples: list[Example | None] = []
-        errors = [""] * size
-        for i in range(size):
+        errors = [""] * batch.size
+        for i in range(batch.size):
             assert form is not None
             try:
-                examples.append(form.read({name: values[i] for name, values in batch.items()}))
+                examples.append(form.read(RowOf(batch, i)))
             except FormatError as error:
                 examples.append(None)
                 errors[i] = str(error)
@@ -260,15 +261,36 @@ def _beside(table: Any, added: dict[str, Any]) -> Any:
     return table
 
 
-def _columns(batch: Any) -> dict[str, list[Any]]:
-    """The columns of a batch as plain lists, whatever the format of the dataset."""
-    if hasattr(batch, "to_pydict"):  # with_format("arrow")
-        batch = batch.to_pydict()
-    elif not isinstance(batch, Mapping):  # pandas has nan for null, and cannot give the columns back as they were
-        raise TypeError(
-            f"the batch is a {type(batch).__name__}: use ds.with_format(None).map(clear.score, batched=True)"
-        )
-    return {name: _plain(_checked(batch[name], name)) for name in batch}
+class _Batch(Mapping[str, list[Any]]):
+    """The columns of a batch as plain lists, whatever the format of the dataset.
+
+    A column is read when it is asked for: `map` would decode an image that is looked at, and store it anew.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        if hasattr(batch, "to_pydict"):  # with_format("arrow")
+            batch = batch.to_pydict()
+        elif not isinstance(batch, Mapping):  # pandas has nan for null, and cannot give the columns back as they were
+            raise TypeError(
+                f"the batch is a {type(batch).__name__}: use ds.with_format(None).map(clear.score, batched=True)"
+            )
+        self.batch, self.known = batch, dict[str, list[Any]]()
+        table = getattr(batch, "pa_table", None)
+        self.size = table.num_rows if table is not None else len(next(iter(self.values()), []))
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self.known:
+            self.known[name] = _plain(_checked(self.batch[name], name))
+        return self.known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.batch
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.batch)
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
 
 def _checked(values: Any, name: str) -> Any:

@@ -77,12 +77,14 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("from the cache") == 3
     assert lines(out) == wanted
-    given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder, "--rounds", "2")
+    given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
     assert given.returncode == 0, given.stderr
-    first = Dataset.from_parquet(str(tmp_path / "two.jsonl.round1.audit.parquet")).to_list()
-    assert [r["clear_decision"] for r in first] == decisions
-    second = Dataset.from_parquet(str(tmp_path / "two.jsonl.audit.parquet")).to_list()
-    assert [{k: r[k] for k in ROWS[0]} for r in second] == wanted
+    assert lines(tmp_path / "two.jsonl") == wanted
+    rounds = run("curate", source, "-o", tmp_path / "three.jsonl", *settings, "--rounds", "2")
+    assert rounds.returncode == 0, rounds.stderr
+    assert "fine-tuning on 4 rows" in rounds.stderr
+    assert f"fine-tuning on {len(wanted) - 1} rows" in rounds.stderr  # one has no score
+    assert (tmp_path / "three.jsonl.writer2" / "adapter_config.json").is_file()
     wrong = run("curate", source, "-o", out, "--model", tiny, "--writer", folder)
     assert wrong.returncode == 2
     assert "--writer and --rounds go with --correct" in wrong.stderr

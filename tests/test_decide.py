@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import io
 import math
 import pickle
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features
+from datasets import Dataset, DatasetDict, Features, Image
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear_datasets import Chat, Columns, above, curated, decide, restore, threshold
+from clear_datasets import Chat, Clear, Columns, above, curated, decide, restore, threshold
+from tests.conftest import Scripted
 
 NAN = float("nan")
 
@@ -169,3 +171,43 @@ def test_rows_without_candidates_are_left_as_they_are():
     ds = scored([0.1, 0.9]).map(decide(0.5), batched=True)
     assert curated(ds).column_names == ds.column_names
     assert restore(curated(ds)).to_dict() == {"id": [1]}
+
+
+def test_originals_stay_through_a_second_round():
+    ds = Dataset.from_dict({"question": ["a", "b"], "answer": ["1", "2"], **{k: v[1:3] for k, v in CORRECTED.items()}})
+    source = ds.select_columns(["question", "answer"]).to_dict()
+    once = curated(ds.map(decide(0.5, eta=0.5), batched=True))
+    assert once["answer"][:] == ["better", "other"]
+    assert restore(curated(once)).to_dict() == source
+    columns = {"clear_candidate": ["best", ""], "clear_preference": [0.9, NAN], "clear_confidence": [0.1, 0.9]}
+    again = once.map(lambda _, i: {k: v[i] for k, v in columns.items()}, with_indices=True)
+    twice = curated(again.map(decide(0.5), batched=True))
+    assert twice["answer"][:] == ["best", "other"]
+    assert restore(twice).to_dict() == source
+
+
+def test_formats_empty_splits_and_other_columns_stay():
+    ds = Dataset.from_dict({"question": ["a"], "answer": ["1"], "clear_text": ["mine"]})
+    ds = ds.map(lambda _: {k: v[1] for k, v in CORRECTED.items()}).map(decide(0.5), batched=True)
+    assert restore(curated(ds)).to_dict() == {"question": ["a"], "answer": ["1"], "clear_text": ["mine"]}
+    numbers = curated(ds.with_format("numpy", columns=["clear_confidence"]))
+    assert (numbers.format["type"], numbers.format["columns"]) == ("numpy", ["clear_confidence"])
+    shout = curated(ds.with_transform(lambda batch: {"answer": [a.upper() for a in batch["answer"]]}))
+    assert shout[0] == {"answer": "BETTER"}
+    both = curated(DatasetDict(train=ds, test=ds.select([])))
+    assert both["train"].features == both["test"].features
+
+
+def test_images_are_neither_decoded_nor_stored_anew():
+    image = pytest.importorskip("PIL.Image").new("RGB", (8, 8), (200, 30, 30))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=40)
+    raw = {"bytes": buffer.getvalue() + b"end", "path": "a.jpg"}  # any coder would leave the end out
+    columns = {"prompt": ["a"], "response": ["1"], **{k: v[1:2] for k, v in CORRECTED.items()}}
+    ds = Dataset.from_dict({**columns, "image": [raw]}).cast_column("image", Image())
+    scored = ds.remove_columns("clear_confidence").map(Clear(engine=Scripted()).score, batched=True)
+    done = curated(ds.map(decide(0.5), batched=True))
+    assert done["response"][:] == ["better"]
+    for each in (scored, done, restore(done)):
+        assert each.features["image"] == Image()
+        assert each.with_format("arrow")[:]["image"].to_pylist() == [raw]

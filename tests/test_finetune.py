@@ -51,7 +51,13 @@ def test_a_run_goes_on_from_its_last_checkpoint_and_is_not_repeated(tiny, tmp_pa
             time.sleep(0.01)
         os.kill(run.pid, signal.SIGKILL)
     assert not (broken / "adapter_model.safetensors").exists()
+    (broken / "checkpoint-999").mkdir()  # broken off while it was written
+    for file in broken.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(file.read_text())
+        file.write_text(json.dumps({**state, "log_history": [{"step": 0, "mark": 1}, *state["log_history"]]}))
     finetune(ROWS, tiny, broken, **FAST)
+    last = json.loads((broken / "checkpoint-20" / "trainer_state.json").read_text())
+    assert last["log_history"][0] == {"step": 0, "mark": 1}  # it went on from one of those
     mine, theirs = (Transformers(tiny, dtype="float32").with_writer(str(f)) for f in (whole, broken))
     prompts = [[{"role": "user", "content": q}] for q in ROWS["question"]]
     for a, b in zip(mine.logprobs(prompts, ["Yes, No"] * 8), theirs.logprobs(prompts, ["Yes, No"] * 8), strict=True):

@@ -97,7 +97,9 @@ def test_the_reasoned_form_has_the_confidence_of_bsdetector_in_each_verdict():
 
 def test_by_confidence_compares_what_each_is_worth_by_itself():
     engine = Scripted(answers=(("Where", "the Alps"),), yes=("the Alps",), limit=200)
-    found = ByConfidence()(examples("Berlin", "the Alps", "Rome", "x" * 300), ["the Alps", "Berlin", "Paris", "y"], engine)
+    found = ByConfidence()(
+        examples("Berlin", "the Alps", "Rome", "x" * 300), ["the Alps", "Berlin", "Paris", "y"], engine
+    )
     assert found.preference[0] > 0.9
     np.testing.assert_allclose(found.preference[1], 1 - found.preference[0], atol=1e-6)
     np.testing.assert_allclose(found.preference[2], 0.5, atol=0.01)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def _load(config: Transformers) -> Checkpoint:
     device = torch.device(config.device or best_device())
     if device.type == "cuda":
         hint_at_ranks()
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _fast_dtype(device)
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else fast_dtype(device)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if config.adapter:
@@ -99,13 +100,18 @@ def _load(config: Transformers) -> Checkpoint:
     )
 
 
+@lru_cache
 def adapter_of(writer: str) -> str | None:
     """The local folder of a LoRA adapter, fetched where it is one of the Hub; None for a whole checkpoint."""
     if os.path.exists(writer):
         return writer if (Path(writer) / "adapter_config.json").is_file() else None
-    from huggingface_hub import file_exists, snapshot_download
+    from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
 
-    return snapshot_download(writer) if file_exists(writer, "adapter_config.json") else None
+    if constants.HF_HUB_OFFLINE:
+        there = isinstance(try_to_load_from_cache(writer, "adapter_config.json"), str)
+    else:
+        there = file_exists(writer, "adapter_config.json")
+    return snapshot_download(writer) if there else None
 
 
 def _peft() -> Any:
@@ -133,7 +139,7 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _fast_dtype(device: torch.device) -> torch.dtype:
+def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it: emulated, it is four times slower than float32 (docs/log.md)."""
     import torch
 
