@@ -202,8 +202,13 @@ def curated(ds: D, format: Format | None = None) -> D:
     for split in ds.values() if isinstance(ds, Mapping) else [ds]:
         if split.column_names is not None and "clear_decision" not in split.column_names:
             raise ValueError("no column 'clear_decision': run ds = ds.map(decide(gamma), batched=True) first")
-    left = ds.filter(_stays, input_columns="clear_decision")
-    return _changed(left, _Replace(format), lambda names: "clear_candidate" in names)
+    step = _Replace(format)
+
+    def apply(split: Any) -> Any:
+        left = split.filter(_stays, input_columns="clear_decision")
+        return _mapped(left, step, "clear_original") if _has(left, "clear_candidate") else left
+
+    return cast("D", _splits(ds, apply))
 
 
 def restore(ds: D, format: Format | None = None) -> D:
@@ -223,44 +228,44 @@ def restore(ds: D, format: Format | None = None) -> D:
         >>> done["answer"][:], restore(done)["answer"][:]
         (['4'], ['5'])
     """
-    back = _changed(ds, _Restore(format), lambda names: "clear_original" in names)
+    step = _Restore(format)
 
-    def bare(split: Any) -> Any:
-        names = split.column_names or next(iter(split), ())  # a stream may not tell before its first row
-        return split.remove_columns([name for name in names if name in _OURS])
+    def undo(split: Any) -> Any:
+        back = _mapped(split, step) if _has(split, "clear_original") else split
+        names = back.column_names or next(iter(back), ())  # a stream may not tell before its first row
+        return back.remove_columns([name for name in names if name in _OURS])
 
-    if not isinstance(back, Mapping):
-        return cast("D", bare(back))
-    return cast("D", _splits(back, bare))
+    return cast("D", _splits(ds, undo))
 
 
-def _changed(ds: D, step: Callable[..., dict[str, Any]], wanted: Callable[[list[str]], bool]) -> D:
-    """`ds.map(step)` where a split has the columns for it, or does not tell; the schema stays the same."""
+def _has(split: Any, column: str) -> bool:
+    return split.column_names is None or column in split.column_names  # a stream may not tell
+
+
+def _mapped(split: Any, step: Callable[..., dict[str, Any]], new: str = "") -> Any:
+    """`split.map(step)` with the schema as it was, and a new column of text."""
     from datasets import Value
 
-    def change(split: Any) -> Any:
-        if split.column_names is not None and not wanted(split.column_names):
-            return split
-        features = split.features and split.features.copy()
-        if features is not None and isinstance(step, _Replace):
-            features["clear_original"] = Value("string")
-        if not hasattr(split, "__len__"):
-            return split.map(step, batched=True, features=features)
-        if not len(split):  # which map leaves as it is
-            missing = [name for name in features if name not in split.features]
-            return split.add_column(missing[0], [], feature=Value("string")) if missing else split
-        changed, old = split.with_format(None).map(step, batched=True, features=features), split.format
-        columns = None if set(old["columns"]) == set(split.column_names) else old["columns"]
-        rest = {"output_all_columns": old["output_all_columns"], **old["format_kwargs"]}
-        return changed.with_format(old["type"], columns=columns, **rest) if old["type"] else changed
-
-    if not isinstance(ds, Mapping):
-        return cast("D", change(ds))
-    return cast("D", _splits(ds, change))
+    features = split.features and split.features.copy()
+    if features is not None and new:
+        features[new] = Value("string")
+    if hasattr(split, "__len__") and not len(split):  # which map leaves as it is
+        return split.add_column(new, [], feature=Value("string")) if new and not _has(split, new) else split
+    return split.map(step, batched=True, features=features)
 
 
 def _splits(ds: Any, change: Callable[[Any], Any]) -> Any:
-    return type(ds)({name: change(split) for name, split in ds.items()})
+    """The change on each split, without its format, which would hide or transform columns, and with it again."""
+    if isinstance(ds, Mapping):
+        kind: Any = type(ds)
+        return kind({name: _splits(split, change) for name, split in ds.items()})
+    old = getattr(ds, "format", None)  # not of streams
+    if not old or not old["type"]:
+        return change(ds)
+    changed = change(ds.with_format(None))
+    columns = None if set(old["columns"]) == set(ds.column_names) else set(old["columns"]) & set(changed.column_names)
+    rest = {"output_all_columns": old["output_all_columns"], **old["format_kwargs"]}
+    return changed.with_format(old["type"], columns=columns and sorted(columns), **rest)
 
 
 @dataclass(frozen=True)
