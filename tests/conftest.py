@@ -96,7 +96,7 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["Yes", "No", "First", "Second", "Tie"]
-    merges = [(w[:i], w[i]) for w in words for i in range(1, len(w))] + [("Ġ", w) for w in words]
+    merges = [(w[:i], w[i]) for w in words for i in range(1, len(w))] + [("Ġ", w) for w in ["Y", "N", *words]]
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet, *(a + b for a, b in merges)])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
