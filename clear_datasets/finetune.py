@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import PromptError
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import best_device, fast_dtype, from_gguf, stamp
+from clear_datasets.engines.checkpoint import best_device, fast_dtype, source_of, stamp, stated_ends
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ def finetune(
         raise ValueError(
             f"{' and '.join(taken)} cannot be set: out is the folder, and the loss is that of the response"
         )
-    folder, on_cpu = Path(out), best_device() == "cpu"
-    source = str(from_gguf(Path(model))) if model.endswith(".gguf") else model
+    folder, device = Path(out), best_device()
+    on_cpu, on_cuda = device == "cpu", device == "cuda"  # of a third kind, "mps", torch.cuda tells nothing
+    source = source_of(model)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     rows = _tokens(ds, format, tokenizer, source, revision)
     loading = {"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"}
@@ -85,7 +86,7 @@ def finetune(
         "save_total_limit": 2,
         "logging_steps": 10,
         "report_to": "none",
-        "bf16": not on_cpu and not options.get("fp16") and fast_dtype(torch.device("cuda")) == torch.bfloat16,
+        "bf16": on_cuda and not options.get("fp16") and fast_dtype(torch.device("cuda")) == torch.bfloat16,
         **options,
         "model_init_kwargs": {**loading, **(options.get("model_init_kwargs") or {})},
     }
@@ -110,7 +111,7 @@ def finetune(
         trainer.accelerator.free_memory()
         del trainer  # the memory of a GPU is needed for what comes next
         gc.collect()
-        if not on_cpu:
+        if on_cuda:
             torch.cuda.empty_cache()
     return str(folder)
 
@@ -142,15 +143,11 @@ def _last_checkpoint(folder: Path) -> str | None:
 def _tokens(ds: Dataset, format: Format | None, tokenizer: Any, source: str, revision: str | None) -> Dataset:
     """Token ids as the engines make them, and which of them the loss is of; rows that cannot be read are left out."""
     from datasets import Features, List, Value
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(source, revision=revision).get_text_config()
-    try:
-        ends = GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
-    except OSError:  # it has no such file
-        ends = getattr(text, "eos_token_id", None)
     limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
-    step = _Tokens(format, Chats.of(tokenizer, limit, ends))
+    step = _Tokens(format, Chats.of(tokenizer, limit, stated_ends(source, revision, text)))
     features = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("int8"))})
     rows = ds.with_format(None).map(
         step, batched=True, remove_columns=ds.column_names, features=features, load_from_cache_file=False

@@ -35,7 +35,7 @@ from datasets import Dataset
 from get_model import MODELS, fetch
 
 from clear_datasets import Clear, noise, prompts
-from clear_datasets.engines.checkpoint import from_gguf
+from clear_datasets.engines.checkpoint import source_of
 from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
@@ -244,7 +244,7 @@ def serving(engine: VLLM) -> Iterator[str]:
         "-m",
         "vllm.entrypoints.openai.api_server",
         "--model",
-        str(from_gguf(Path(engine.model))),
+        source_of(engine.model),
     ]
     command += ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "served", "--block-size", "32"]
     command += ["--generation-config", "vllm", "--enforce-eager", "--dtype", dict(engine.options)["dtype"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -168,6 +169,33 @@ class Engine(Protocol):
         except PromptError as error:
             raise PromptError({before + i: reason for i, reason in error.reasons.items()}) from None
         return Answers(generated, chosen, read)
+
+
+class Queued(Engine):
+    """An engine that has all in one queue: it writes `answer`, and has `generate`, `choose` and `logprobs` by it."""
+
+    def generate(
+        self,
+        prompts: Sequence[Messages],
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+        max_tokens: int | Sequence[int] = 512,
+    ) -> list[list[str]]:
+        """See `Engine.generate`."""
+        return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
+
+    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> npt.NDArray[np.float32]:
+        """See `Engine.choose`."""
+        return self.answer(Asks(choose=prompts, labels=labels)).chosen
+
+    def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[npt.NDArray[np.float32]]:
+        """See `Engine.logprobs`."""
+        return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
+
+    @abstractmethod
+    def answer(self, asks: Asks) -> Answers:
+        """See `Engine.answer`."""
 
 
 def default_engine(model: str, revision: str | None = None) -> Engine:

@@ -76,7 +76,7 @@ def _load(config: Transformers) -> Checkpoint:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(from_gguf(Path(config.model))) if config.model.endswith(".gguf") else config.model
+    source = source_of(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = torch.device(config.device or best_device())
     if device.type == "cuda":
@@ -100,11 +100,30 @@ def _load(config: Transformers) -> Checkpoint:
     )
 
 
-@lru_cache
+def source_of(model: str) -> str:
+    """What `transformers` loads of a model: its folder or Hub id, or that which a ``.gguf`` file was converted into."""
+    return str(from_gguf(Path(model))) if model.endswith(".gguf") else model
+
+
+def stated_ends(source: str, revision: str | None, config: Any) -> Any:
+    """The ``eos_token_id`` of a model's generation config, or of its own where it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
+    except OSError:  # it has no such file
+        return getattr(config, "eos_token_id", None)
+
+
 def adapter_of(writer: str) -> str | None:
     """The local folder of a LoRA adapter, fetched where it is one of the Hub; None for a whole checkpoint."""
     if os.path.exists(writer):
         return writer if (Path(writer) / "adapter_config.json").is_file() else None
+    return _hub_adapter(writer)
+
+
+@lru_cache  # it is asked for each batch
+def _hub_adapter(writer: str) -> str | None:
     from huggingface_hub import constants, file_exists, snapshot_download, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, Engine, EngineError, Messages, PromptError
+from clear_datasets.engines import Answers, Asks, EngineError, Messages, PromptError, Queued
 from clear_datasets.engines.chats import without_system
 
 _TOP = 20  # log-probabilities that servers give at most
@@ -43,7 +43,7 @@ class _Server:
 
 
 @dataclass(frozen=True)
-class OpenAI(Engine):
+class OpenAI(Queued):
     """Chat completions of an OpenAI-compatible server, many at a time.
 
     Such servers give log-probabilities of what they write, not of a text they are given: `BSDetector` then takes the
@@ -90,21 +90,6 @@ class OpenAI(Engine):
     def with_writer(self, writer: str) -> OpenAI:
         """See `Engine.with_writer`: the server's name for it, as in ``vllm serve --lora-modules NAME=FOLDER``."""
         return replace(self, model=writer)
-
-    def generate(
-        self,
-        prompts: Sequence[Messages],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int | Sequence[int] = 512,
-    ) -> list[list[str]]:
-        """See `Engine.generate`."""
-        return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
-
-    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> npt.NDArray[np.float32]:
-        """See `Engine.choose`."""
-        return self.answer(Asks(choose=prompts, labels=labels)).chosen
 
     def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[npt.NDArray[np.float32]]:
         """Not given by such servers.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, Engine, Messages
+from clear_datasets.engines import Answers, Asks, Queued
 from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, load, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
@@ -23,7 +23,7 @@ _REST, _JOINED = 4, 64  # samples wait until so many can be drawn together; the 
 
 
 @dataclass(frozen=True)
-class Transformers(Engine):
+class Transformers(Queued):
     """Batched inference with `transformers`.
 
     Requests are sorted by length; a beginning that prompts share (a row's passage and question, say) is computed once;
@@ -60,25 +60,6 @@ class Transformers(Engine):
         """See `Engine.with_writer`; the weights are loaded a second time."""
         adapter = adapter_of(writer)
         return replace(self, adapter=adapter) if adapter else replace(self, model=writer, revision=None, adapter=None)
-
-    def generate(
-        self,
-        prompts: Sequence[Messages],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int | Sequence[int] = 512,
-    ) -> list[list[str]]:
-        """See `Engine.generate`."""
-        return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
-
-    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> npt.NDArray[np.float32]:
-        """See `Engine.choose`."""
-        return self.answer(Asks(choose=prompts, labels=labels)).chosen
-
-    def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[npt.NDArray[np.float32]]:
-        """See `Engine.logprobs`."""
-        return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
 
     def close(self) -> None:
         """See `Engine.close`."""

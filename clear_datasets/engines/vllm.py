@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, Engine, Messages
+from clear_datasets.engines import Answers, Asks, Queued
 from clear_datasets.engines.chats import Chats
 from clear_datasets.engines.checkpoint import adapter_of, stamp
 from clear_datasets.engines.labels import Labels
@@ -21,7 +21,7 @@ _TOP = 20  # log-probabilities that vLLM gives at most, where it cannot be asked
 
 
 @dataclass(frozen=True, init=False)
-class VLLM(Engine):
+class VLLM(Queued):
     """Continuous batching with `vllm`, in this process.
 
     All that is asked about a batch goes into one queue, in which requests with a common beginning (a row's passage and
@@ -95,25 +95,6 @@ class VLLM(Engine):
         """What engines that share a loaded model have in common."""
         options = repr(self.options)
         return (self.model, self.revision, self.gpu_memory_utilization, self.max_model_len, options, self.stamp)
-
-    def generate(
-        self,
-        prompts: Sequence[Messages],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int | Sequence[int] = 512,
-    ) -> list[list[str]]:
-        """See `Engine.generate`."""
-        return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
-
-    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> npt.NDArray[np.float32]:
-        """See `Engine.choose`."""
-        return self.answer(Asks(choose=prompts, labels=labels)).chosen
-
-    def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[npt.NDArray[np.float32]]:
-        """See `Engine.logprobs`."""
-        return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
 
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: one queue, so that all that is asked about a row shares its beginning."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import EngineError, hint_at_ranks
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import from_gguf
+from clear_datasets.engines.checkpoint import source_of, stated_ends
 from clear_datasets.engines.guard import Guard
 from clear_datasets.engines.planning import Request
 
@@ -36,7 +36,7 @@ class Loaded:
     def __init__(self, config: VLLM) -> None:
         import vllm.platforms
 
-        source = str(from_gguf(Path(config.model))) if config.model.endswith(".gguf") else config.model
+        source = source_of(config.model)
         options: dict[str, Any] = {
             "revision": config.revision,
             "max_model_len": config.max_model_len,
@@ -72,7 +72,9 @@ class Loaded:
             trust_remote_code=bool(options.get("trust_remote_code")),
         )
         model = self.llm.llm_engine.model_config
-        self.chats = Chats.of(tokenizer, model.max_model_len, _stated_ends(source, options["revision"], model))
+        self.chats = Chats.of(
+            tokenizer, model.max_model_len, stated_ends(source, options["revision"], model.hf_text_config)
+        )
 
     @property
     def dead(self) -> bool:
@@ -229,12 +231,3 @@ def _cpu_options(config: VLLM) -> dict[str, Any]:
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", cores)  # left alone it takes one of two
     return {"block_size": 32, "enforce_eager": True}
-
-
-def _stated_ends(source: str, revision: str | None, model: Any) -> Any:
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(source, revision=revision).eos_token_id
-    except OSError:  # it has no such file
-        return getattr(model.hf_text_config, "eos_token_id", None)
