@@ -1,0 +1,290 @@
+"""The paper's experiment: does a model that is fine-tuned on curated rows answer better?
+
+    python scripts/reproduce.py --task squad --model Qwen/Qwen2.5-1.5B-Instruct --seeds 3 --out squad.json
+
+Puts known noise into training rows, fine-tunes the same base model with the same number of steps on each arm, and asks
+each of them, at temperature 0, clean test rows:
+
+    original    all rows
+    random      as many random rows as the filter keeps; random_length: drawn to have the lengths of the kept targets
+    filter      the rows above the median confidence (Auto-Filter)
+    correct     the same, and rows whose targets are replaced (Auto-Correct; the model of `filter` writes candidates)
+
+Prints a table and writes the figures to OUT; scored rows, adapters and answers are kept in OUT.work. A run that was
+broken off goes on where it was when it is started again with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from get_model import MODELS, fetch
+from reproduce_tasks import NOISES, TASKS, Task, any_file
+
+from clear_datasets import BSDetector, ByConfidence, Clear, Pairwise, above, curated, decide, infer, noise, threshold
+from clear_datasets.engines import Engine, default_engine
+from clear_datasets.finetune import finetune
+from clear_datasets.steps import SCORES_REVISION
+
+ARMS = ("original", "random", "random_length", "filter", "correct")
+PREFERENCES = {
+    "pairwise": Pairwise(),
+    "reasoned": Pairwise(BSDetector(samples="reasoned", reflection="reasoned")),
+    "confidence": ByConfidence(),
+}
+
+
+def main() -> None:
+    args = arguments()
+    task = TASKS.get(args.task) or any_file(args.task)
+    model = str(fetch(args.model)) if args.model in MODELS else args.model
+    datasets.disable_progress_bars()
+    work = args.out.with_suffix(".work")
+    work.mkdir(parents=True, exist_ok=True)
+    result = begin(args)
+    pool, test = task.rows([*([] if args.task in TASKS else [args.task]), *(args.data or [])], args.test)
+    for seed in range(1, args.seeds + 1):
+        arms = Seed(args, task, model, pool, seed, work / str(seed))
+        found = result["seeds"].setdefault(str(seed), {"arms": {}})
+        found["curation"] = arms.curation() if "correct" in args.arms else None
+        for arm in args.arms:
+            arms.tune(arm)
+        engine = default_engine(model)
+        if "base" not in result:
+            result["base"] = figures(task, test, answers(engine, task, test, work / "base.json"))
+        for arm in args.arms:
+            tuned = engine.with_writer(str(arms.folder / arms.adapter(arm)))
+            said = answers(tuned, task, test, arms.folder / f"{arm}.answers.json")
+            rows = arms.rows(arm)
+            found["arms"][arm] = {"rows": len(rows), "wrong": wrong(task, rows), **figures(task, test, said)}
+            print(f"seed {seed}, {arm}: {json.dumps(found['arms'][arm])}", flush=True)
+        engine.close()
+        result["against original"] = against(task, test, result, work)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or a file of rows")
+    parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="training rows, and test rows, in place of the Hub's")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help="with commas between")
+    parser.add_argument("--noise", type=float, default=0.2, help="share of training rows with a wrong target")
+    parser.add_argument("--kind", choices=NOISES, help="of noise (default: the task's own)")
+    parser.add_argument("--seeds", type=int, default=3, help="how often, each time with other rows, noise and weights")
+    parser.add_argument("--rows", type=int, default=2000, help="for training, the wrong ones among them")
+    parser.add_argument("--test", type=int, default=500, help="clean rows to ask")
+    parser.add_argument("--epochs", type=float, default=2, help="over all rows; every arm has that number of steps")
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
+    parser.add_argument("--eta", type=float, default=0.8, help="preference above which a candidate replaces")
+    parser.add_argument("--preference", choices=PREFERENCES, default="pairwise", help="how candidates are judged")
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file")
+    args = parser.parse_args()
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"--arms: {', '.join(sorted(unknown))}; expected some of {', '.join(ARMS)}")
+    args.arms = [a for a in ARMS if a in args.arms or (a == "random_length" and "random" in args.arms)]
+    return args
+
+
+def begin(args: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run with the same settings found, or an empty result."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out")}
+    settings |= {"kind": args.kind or (TASKS[args.task].noise if args.task in TASKS else "swap")}
+    settings["scores_revision"] = SCORES_REVISION
+    run = {
+        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
+        "date": datetime.date.today().isoformat(),
+    }
+    old = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "runs": [], "seeds": {}}
+    if old["settings"] != settings:
+        other = [k for k in settings if old["settings"].get(k) != settings[k]]
+        raise SystemExit(f"{args.out} was made with other {', '.join(other)}: give another --out, or delete it")
+    return {**old, "runs": [*old["runs"], run]}
+
+
+class Seed:
+    """Rows and adapters of one seed; every stage is kept in a folder, and made once."""
+
+    def __init__(
+        self, args: argparse.Namespace, task: Task, model: str, pool: Dataset, seed: int, folder: Path
+    ) -> None:
+        self.args, self.task, self.model, self.seed, self.folder = args, task, model, seed, folder
+        folder.mkdir(exist_ok=True)
+        self.clear = Clear(model, preference=PREFERENCES[args.preference])
+        self.noisy = self._stage("noisy", lambda: self._noisy(pool))
+        self.scored = self._stage("scored", lambda: self.noisy.map(self.clear.score, batched=True))
+        self.gamma = threshold(self.scored)
+        self.kept = self.scored.filter(above(self.gamma, failed="drop"))
+        self.steps = round(args.epochs * len(self.noisy) / args.batch)
+
+    def _noisy(self, pool: Dataset) -> Dataset:
+        chosen = pool.shuffle(seed=self.seed).select(range(min(self.args.rows, len(pool))))
+        return NOISES[self.args.kind or self.task.noise](chosen, fraction=self.args.noise, seed=self.seed)
+
+    def _stage(self, name: str, make: Callable[[], Dataset]) -> Dataset:
+        file = self.folder / f"{name}.parquet"
+        if not file.exists():
+            print(f"seed {self.seed}: {name}", flush=True)
+            make().to_parquet(str(file.with_suffix(".part")))
+            file.with_suffix(".part").rename(file)
+        return Dataset.from_parquet(str(file))
+
+    def rows(self, arm: str) -> Dataset:
+        if arm == "original":
+            return self.noisy
+        if arm == "filter":
+            return self.kept
+        if arm == "correct":
+            return curated(self.decided())
+        draw = random.Random(self.seed)
+        if arm == "random":
+            return self.noisy.select(sorted(draw.sample(range(len(self.noisy)), len(self.kept))))
+        return self.noisy.select(same_lengths(lengths(self.noisy), lengths(self.kept), draw))
+
+    def decided(self) -> Dataset:
+        """The scored rows with candidates, preferences and decisions; the arm `filter` is trained for it."""
+        if not (self.folder / "judged.parquet").exists():
+            self.tune("filter")
+        clear = self.clear.with_writer(str(self.folder / "filter"), self.gamma)
+        proposed = self._stage("proposed", lambda: self.scored.map(clear.propose, batched=True))
+        judged = self._stage("judged", lambda: proposed.map(clear.prefer, batched=True))
+        return judged.map(decide(self.gamma, self.args.eta, failed="drop"), batched=True)
+
+    def adapter(self, arm: str) -> str:
+        """Where the weights of an arm are: without a replaced row, `correct` is `filter`."""
+        return "filter" if arm == "correct" and len(self.rows(arm)) == len(self.kept) else arm
+
+    def tune(self, arm: str) -> None:
+        name = self.adapter(arm)
+        rows = self.rows(arm).select_columns(self.noisy.column_names)
+        print(f"seed {self.seed}: fine-tuning {name} on {len(rows)} rows", flush=True)
+        self.clear.close()
+        finetune(
+            rows, self.model, self.folder / name, seed=self.seed, max_steps=self.steps, learning_rate=self.args.rate,
+            per_device_train_batch_size=self.args.batch, save_steps=0.25, save_total_limit=1, disable_tqdm=True,
+        )  # fmt: skip
+
+    def curation(self) -> dict[str, Any]:
+        """What was dropped and replaced, against the truth that the noise makers kept."""
+        decided = self.decided()
+        form = infer(self.noisy.features)
+        noisy = np.array([bool(n) for n in decided["noise"]])
+        decisions = np.array(decided["clear_decision"][:])
+        targets, candidates = [form.read(r).response for r in decided], decided["clear_candidate"][:]
+        judged = np.array([bool(c) for c in candidates])
+        replaced = decisions == "replace"
+        preference = np.array(decided["clear_preference"][:], dtype=float)
+        longer = np.array([len(c) > len(t) for c, t in zip(candidates, targets, strict=True)])
+
+        def right(texts: list[str], rows: np.ndarray) -> dict[str, float]:
+            every = [self.task.measure(texts[i], decided[int(i)]["references"]) for i in np.flatnonzero(rows)]
+            return {k: round(float(np.mean([e[k] for e in every])), 3) for k in every[0]} if every else {}
+
+        counts = {d: int((decisions == d).sum()) for d in ("keep", "drop", "replace")}
+        return {
+            "auroc": round(noise.auroc(decided["clear_confidence"][:], list(~noisy)), 3),
+            "decisions": counts,
+            "wrong targets": {d: int((noisy & (decisions == d)).sum()) for d in counts},
+            "candidates": int(judged.sum()),
+            "preferred": int((preference > 0.5).sum()),
+            "longer among candidates": round(float(longer[judged].mean()), 3) if judged.any() else None,
+            "longer among replaced": round(float(longer[replaced].mean()), 3) if replaced.any() else None,
+            "targets of replaced rows": right(targets, replaced),
+            "candidates of replaced rows": right(candidates, replaced),
+            "candidates of all judged rows": right(candidates, judged),
+            "targets of all judged rows": right(targets, judged),
+        }
+
+
+def lengths(rows: Dataset) -> list[int]:
+    form = infer(rows.features)
+    return [len(form.read(row).response) for row in rows]
+
+
+def same_lengths(of: list[int], wanted: list[int], draw: random.Random, strata: int = 10) -> list[int]:
+    """Positions of random rows that have as many lengths in each tenth of all lengths as the wanted ones."""
+    edges = np.quantile(of, np.linspace(0, 1, strata + 1)[1:-1])
+    places, counts = np.digitize(of, edges), np.bincount(np.digitize(wanted, edges), minlength=strata)
+    return sorted(i for s in range(strata) for i in draw.sample(np.flatnonzero(places == s).tolist(), int(counts[s])))
+
+
+def answers(engine: Engine, task: Task, test: Dataset, file: Path) -> list[str]:
+    """What a model says to the test rows at temperature 0; asked once."""
+    if not file.exists():
+        form = infer(test.features)
+        said = engine.generate([form.read(row).prompt for row in test], max_tokens=task.max_tokens)
+        file.write_text(json.dumps([text for [text] in said]))
+        engine.close()
+    found: list[str] = json.loads(file.read_text())
+    return found
+
+
+def each(task: Task, test: Dataset, said: list[str]) -> dict[str, np.ndarray]:
+    measured = [task.measure(s, r) for s, r in zip(said, test["references"], strict=True)]
+    return {name: np.array([m[name] for m in measured]) for name in measured[0]}
+
+
+def figures(task: Task, test: Dataset, said: list[str]) -> dict[str, float]:
+    return {name: round(float(values.mean()), 4) for name, values in each(task, test, said).items()}
+
+
+def wrong(task: Task, rows: Dataset) -> int:
+    """Rows whose target is not right by the task's main figure."""
+    form = infer(rows.features)
+    return sum(next(iter(task.measure(form.read(row).response, row["references"]).values())) < 1 for row in rows)
+
+
+def against(task: Task, test: Dataset, result: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Each arm less `original`, on the same test rows: mean over seeds, and 95% bootstrap interval over test rows."""
+    draws = np.random.default_rng(0).integers(0, len(test), (2000, len(test)))
+    said: dict[str, list[dict[str, np.ndarray]]] = {}
+    for seed in result["seeds"]:
+        for arm in ARMS:
+            if (file := work / seed / f"{arm}.answers.json").exists():
+                said.setdefault(arm, []).append(each(task, test, json.loads(file.read_text())))
+    found: dict[str, Any] = {}
+    for arm in [a for a in said if a != "original" and len(said[a]) == len(said.get("original", []))]:
+        for name in said[arm][0]:
+            gains = np.mean([a[name] - o[name] for a, o in zip(said[arm], said["original"], strict=True)], axis=0)
+            low, high = np.percentile(gains[draws].mean(axis=1), [2.5, 97.5])
+            found.setdefault(arm, {})[name] = [round(float(x), 3) for x in (gains.mean(), low, high)]
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """In Markdown: mean over the seeds, and the least and most of them."""
+    seeds, names = list(result["seeds"].values()), list(result["base"])
+    lines = [f"| arm | rows | wrong targets | {' | '.join(names)} | {names[0]}, less original |"]
+    lines.append("|" + "---|" * (len(names) + 4))
+    base = " | ".join(f"{result['base'][name]:.3f}" for name in names)
+    lines.append(f"| base, zero-shot | | | {base} | |")
+    for arm in [a for a in ARMS if all(a in s["arms"] for s in seeds)]:
+        of = [s["arms"][arm] for s in seeds]
+        cells = [f"{np.mean([a[k] for a in of]):.0f}" for k in ("rows", "wrong")]
+        for name in names:
+            values = [a[name] for a in of]
+            cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        gain = result["against original"].get(arm, {}).get(names[0])
+        cells.append(f"{gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})" if gain else "")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The tasks of reproduce.py: where their rows come from, which noise they get, and how answers are measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from clear_datasets import noise
+from clear_datasets.formats import infer_rows
+
+Row = Mapping[str, Any]
+NOISES = {
+    "wrong_sentence": noise.wrong_sentence,
+    "other_answer": noise.other_answer,
+    "swap": noise.swap,
+    "truncate": noise.truncate,
+    "corrupt_json": noise.corrupt_json,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows, noise and measure.
+
+    Attributes:
+        measure: From an answer and the right ones, each figure of the task in [0, 1]; the first one is its main one.
+        shape: From a row of the Hub or of a file, the columns that are trained on and `references`, the right answers;
+            None for a row to leave out.
+        hub: Arguments of load_dataset, and the name of the test split.
+        noise: The noise of the paper, or swapped targets.
+        max_tokens: Length of an answer.
+    """
+
+    measure: Callable[[str, list[str]], dict[str, float]]
+    shape: Callable[[Row], dict[str, Any] | None]
+    hub: tuple[tuple[str, ...], str] | None = None
+    noise: str = "swap"
+    max_tokens: int = 64
+
+    def rows(self, files: list[str], test: int) -> tuple[Dataset, Dataset]:
+        """Training and test rows: of two files, of one that is split, or of the Hub where no file is given."""
+        if not files and self.hub is None:
+            raise SystemExit("this task has no dataset on the Hub: give --data FILE")
+        if not files and self.hub:
+            (name, *config), split = self.hub
+            parts = [load_dataset(name, *config, split=s) for s in ("train", split)]
+        else:
+            parts = [_read(file) for file in files]
+        shaped = [self._shaped(part) for part in parts]
+        if len(shaped) == 1:
+            halves = shaped[0].train_test_split(test_size=test, seed=0)
+            return halves["train"], halves["test"]
+        return shaped[0], shaped[1].shuffle(seed=0).select(range(min(test, len(shaped[1]))))
+
+    def _shaped(self, rows: Dataset) -> Dataset:
+        made = [new for row in rows if (new := self.shape(row)) is not None]
+        if not made:
+            raise SystemExit(f"none of the {len(rows)} rows has the columns of this task; found {rows.column_names}")
+        return Dataset.from_list(made)
+
+
+def _read(file: str) -> Dataset:
+    kind = file.rpartition(".")[2]
+    return load_dataset({"jsonl": "json"}.get(kind, kind), data_files=file, split="train")
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation, articles and spaces too many: the rules of SQuAD's evaluation."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def text(answer: str, references: list[str]) -> dict[str, float]:
+    """Exact match and F1 of words, by SQuAD's rules; the best of the references counts.
+
+    References:
+        Rajpurkar et al. 2016, arXiv 1606.05250, section 6.1.
+    """
+    said = plain(answer)
+    return {
+        "exact match": max(float(said == plain(r)) for r in references),
+        "F1": max(_f1(said.split(), plain(r).split()) for r in references),
+    }
+
+
+def _f1(said: list[str], right: list[str]) -> float:
+    if not said or not right:
+        return float(said == right)
+    return 2 * sum((Counter(said) & Counter(right)).values()) / (len(said) + len(right))
+
+
+def number(answer: str, references: list[str]) -> dict[str, float]:
+    """Whether the number behind "####", or else the last one, is that of a reference."""
+    said = _number(answer)
+    return {"accuracy": float(said is not None and any(said == _number(r) for r in references))}
+
+
+def _number(answer: str) -> float | None:
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer.rpartition("####")[2])
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def letter(answer: str, references: list[str]) -> dict[str, float]:
+    """Whether the letter that an answer begins with, or that it says the answer is, is that of a reference."""
+    found = re.match(r"\W*([A-Z])(?=[.,:)\]*\n]|\s*$)", answer) or re.search(r"answer is\W*([A-Z])\b", answer)
+    return {"accuracy": float(found is not None and found[1] in references)}
+
+
+def record(answer: str, references: list[str]) -> dict[str, float]:
+    """For JSON objects: F1 of all fields, whether the topic (or else the first field) is right, whether it parses."""
+    said, figures = _object(answer), []
+    for reference in references:
+        right = _object(reference) or {}
+        first = "topic" if "topic" in right else next(iter(right), "")
+        fields = {k: (plain(str((said or {}).get(k, ""))), plain(str(v))) for k, v in right.items()}
+        overlap = [_f1(said_.split(), right_.split()) for said_, right_ in fields.values()]
+        same = said is not None and len(set(fields[first])) == 1 if fields else said == right
+        figures.append((sum(overlap) / len(overlap) if overlap else float(said == right), float(same)))
+    best = max(figures)
+    return {"F1": best[0], "first field": best[1], "valid JSON": float(said is not None)}
+
+
+def _object(answer: str) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(answer)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _passage(row: Row) -> dict[str, Any] | None:
+    """Rows of SQuAD and DROP, of the Hub or with an `answer`."""
+    found = (
+        row["answer"] if "answer" in row else (row.get("answers") or {}).get("text") or row["answers_spans"]["spans"]
+    )
+    references = list(dict.fromkeys([found] if isinstance(found, str) else found))
+    passage = row["context"] if "context" in row else row["passage"]
+    return {"context": passage, "question": row["question"], "answer": references[0], "references": references}
+
+
+def _solution(row: Row) -> dict[str, Any]:
+    return {"question": row["question"], "answer": row["answer"], "references": [row["answer"]]}
+
+
+def _choice(row: Row) -> dict[str, Any] | None:
+    options = row["options"] if "options" in row else row["choices"]["text"]
+    options = json.loads(options) if isinstance(options, str) else options
+    right = row["answer"] if "answer" in row else row["answerKey"]
+    if right in "1234567":  # some rows of ARC have numbers in place of letters
+        right = string.ascii_uppercase[int(right) - 1]
+    lines = [row["question"], *(f"{c}. {o}" for c, o in zip(string.ascii_uppercase, options, strict=False))]
+    return {"question": "\n".join(lines), "answer": right, "references": [right]}
+
+
+def _email(row: Row) -> dict[str, Any]:
+    if len(row) != 2:
+        raise SystemExit(f"expected two columns, the email and its JSON target; found {', '.join(row)}")
+    email, target = row.values()
+    if not {"topic", "reply"} <= set(_object(target) or {}):
+        raise SystemExit(f'expected targets like {{"topic": ..., "reply": ...}}; found {target[:80]!r}')
+    asked = "Give the topic of this email and a reply to it, as JSON with the fields topic and reply.\n\n" + email
+    return {"prompt": asked, "response": target, "references": [target]}
+
+
+def _any(row: Row) -> dict[str, Any]:
+    return {**row, "references": [infer_rows({name: [value] for name, value in row.items()}).read(row).response]}
+
+
+def any_file(file: str) -> Task:
+    """Rows of any format that `infer` knows; figures of JSON objects where the first target is one."""
+    is_object = _object(_any(_read(file)[0])["references"][0]) is not None
+    return Task(record if is_object else text, _any, max_tokens=512)
+
+
+TASKS = {
+    "squad": Task(text, _passage, (("rajpurkar/squad",), "validation"), "wrong_sentence"),
+    "drop": Task(text, _passage, (("ucinlp/drop",), "validation"), "wrong_sentence"),
+    "gsm8k": Task(number, _solution, (("openai/gsm8k", "main"), "test"), max_tokens=320),
+    "arc": Task(letter, _choice, (("allenai/ai2_arc", "ARC-Challenge"), "test"), max_tokens=16),
+    "emails": Task(record, _email, max_tokens=512),
+}
