@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from clear_datasets.apply import curated, restore
 from clear_datasets.confidence import BSDetector
-from clear_datasets.decide import above, curated, decide, restore, threshold
+from clear_datasets.decide import above, decide, threshold
 from clear_datasets.formats import Chat, Columns, Example, infer
 from clear_datasets.preference import ByConfidence, Pairwise
 from clear_datasets.similarity import LLM, NLI, Embedding, Jaccard

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LORA: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+EPOCHS, BATCH = 3, 8  # by default
 _RUN = "clear_finetune.json"  # what the run in a folder was started with, and whether it is done
 
 
@@ -78,8 +79,8 @@ def finetune(
     rows = _tokens(ds, format, tokenizer, source, revision)
     loading = {"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"}
     settings = {
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 8,
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
         "learning_rate": 2e-4 if lora is not None else 1e-5,
         "max_length": None,
         "save_steps": 0.1,

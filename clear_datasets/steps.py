@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from clear_datasets.batches import Batch, beside
 from clear_datasets.confidence import BSDetector, ask
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
@@ -102,7 +103,7 @@ class Clear:
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
-        examples, errors = self._read(_Batch(batch))
+        examples, errors = self._read(Batch(batch))
         sound = [i for i, example in enumerate(examples) if example is not None]
         scores: dict[str, npt.NDArray[np.float32]] = {
             c: np.full(len(errors), np.nan, dtype=np.float32) for c in _COLUMNS
@@ -114,7 +115,7 @@ class Clear:
             for i, error in zip(sound, found.errors, strict=True):
                 errors[i] = error
         added = {**scores, "clear_error": errors}
-        return added if isinstance(batch, Mapping) else _beside(batch, added)
+        return added if isinstance(batch, Mapping) else beside(batch, added)
 
     def propose(self, batch: Any, rank: int | None = None) -> Any:
         """A step for ``ds.map(clear.propose, batched=True)``: what the fine-tuned model would answer in a row's place.
@@ -135,7 +136,7 @@ class Clear:
         """
         if self.writer is None:
             raise ValueError("no model writes candidates: clear = clear.with_writer('folder of an adapter or model')")
-        columns = _Batch(batch)
+        columns = Batch(batch)
         examples, errors = self._read(columns)
         wanted = [i for i, example in enumerate(examples) if example is not None and self._low(columns, i)]
         candidates, reasons = [""] * len(errors), [""] * len(wanted)
@@ -170,7 +171,7 @@ class Clear:
         References:
             Chen and Mueller 2024, arXiv 2403.12776 (Auto-Correct, steps 2 and 3).
         """
-        columns = _Batch(batch)
+        columns = Batch(batch)
         if "clear_candidate" not in columns:
             raise ValueError("no column 'clear_candidate': run ds = ds.map(clear.propose, batched=True) first")
         examples, errors = self._read(columns)
@@ -190,7 +191,7 @@ class Clear:
             use_rank(rank, self.engine.gpus if self.engine else 1)
         return self.engine or default_engine(self.model, self.revision)
 
-    def _low(self, columns: _Batch, i: int) -> bool:
+    def _low(self, columns: Batch, i: int) -> bool:
         if self.gamma is None:
             return True
         if "clear_confidence" not in columns:
@@ -200,7 +201,7 @@ class Clear:
 
     @staticmethod
     def _added(
-        batch: Any, columns: _Batch, added: dict[str, Any], what: str, rows: list[int], reasons: list[str]
+        batch: Any, columns: Batch, added: dict[str, Any], what: str, rows: list[int], reasons: list[str]
     ) -> Any:
         """The new columns, with reasons beside those that rows have already."""
         errors = [e or "" for e in columns["clear_error"]] if "clear_error" in columns else [""] * columns.size
@@ -208,7 +209,7 @@ class Clear:
             if reason:
                 errors[i] = "; ".join(e for e in (errors[i], f"{what}: {reason}") if e)
         added = {**added, "clear_error": errors}
-        return added if isinstance(batch, Mapping) else _beside(batch, added)
+        return added if isinstance(batch, Mapping) else beside(batch, added)
 
     def close(self) -> None:
         """Free the memory of the models in this process, for fine-tuning, say; the next step loads them anew."""
@@ -236,7 +237,7 @@ class Clear:
             )
         return Features({**features, **{name: Value("float32") for name in _COLUMNS}, "clear_error": Value("string")})
 
-    def _read(self, batch: _Batch) -> tuple[list[Example | None], list[str]]:
+    def _read(self, batch: Batch) -> tuple[list[Example | None], list[str]]:
         form = (self.format or infer_rows(batch)) if batch.size else None
         examples: list[Example | None] = []
         errors = [""] * batch.size
@@ -248,67 +249,3 @@ class Clear:
                 examples.append(None)
                 errors[i] = str(error)
         return examples, errors
-
-
-def _beside(table: Any, added: dict[str, Any]) -> Any:
-    """A table with more columns: what `map` is not given back of a table is lost."""
-    import pyarrow as pa
-
-    for name, values in added.items():
-        if name in table.column_names:
-            table = table.drop_columns(name)
-        table = table.append_column(name, pa.array(values))
-    return table
-
-
-class _Batch(Mapping[str, list[Any]]):
-    """The columns of a batch as plain lists, whatever the format of the dataset.
-
-    A column is read when it is asked for: `map` would decode an image that is looked at, and store it anew.
-    """
-
-    def __init__(self, batch: Any) -> None:
-        if hasattr(batch, "to_pydict"):  # with_format("arrow")
-            batch = batch.to_pydict()
-        elif not isinstance(batch, Mapping):  # pandas has nan for null, and cannot give the columns back as they were
-            raise TypeError(
-                f"the batch is a {type(batch).__name__}: use ds.with_format(None).map(clear.score, batched=True)"
-            )
-        self.batch, self.known = batch, dict[str, list[Any]]()
-        table = getattr(batch, "pa_table", None)
-        self.size = table.num_rows if table is not None else len(next(iter(self.values()), []))
-
-    def __getitem__(self, name: str) -> list[Any]:
-        if name not in self.known:
-            self.known[name] = _plain(_checked(self.batch[name], name))
-        return self.known[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.batch
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.batch)
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-
-def _checked(values: Any, name: str) -> Any:
-    first = values[0] if not isinstance(values, str) and hasattr(values, "__len__") and len(values) else None
-    turn = isinstance(first, Mapping) and any(
-        isinstance(first.get(role), str) and isinstance(first.get(text), str)
-        for role, text in (("role", "content"), ("from", "value"))
-    )
-    if turn or isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(f"column {name!r} holds one value, not a batch: use ds.map(clear.score, batched=True)")
-    return values
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # arrays of numpy, torch and jax
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return list(value) if value and isinstance(value[0], str | int | float) else [_plain(v) for v in value]
-    return value

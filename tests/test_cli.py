@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def test_curate_writes_the_kept_rows_and_an_audit_of_all(source, tiny, tmp_path)
     assert sum(a["clear_decision"] == "keep" for a in scored) == len(scored) // 2
     for piece in ("kept", "dropped", "failed", "rows/s", "least confident", "confidence 0.4 to 0.5", "wrote"):
         assert piece in done.stderr
-    assert sorted(p.name for p in out.parent.iterdir()) == ["curated.jsonl", "curated.jsonl.audit.parquet"]
+    beside = ["clear_stages", "curated.jsonl", "curated.jsonl.audit.parquet"]
+    assert sorted(p.name for p in out.parent.iterdir()) == beside
 
 
 def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, tiny, tmp_path):
@@ -75,7 +77,7 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     assert (folder / "adapter_config.json").is_file()
     again = run("curate", source, "-o", out, *settings)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("from the cache") == 3
+    assert again.stderr.count("9 from an earlier run") == 3
     assert lines(out) == wanted
     given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
     assert given.returncode == 0, given.stderr
@@ -86,8 +88,52 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     assert f"fine-tuning on {len(wanted) - 1} rows" in rounds.stderr  # one has no score
     assert (tmp_path / "three.jsonl.writer2" / "adapter_config.json").is_file()
     wrong = run("curate", source, "-o", out, "--model", tiny, "--writer", folder)
-    assert wrong.returncode == 2
-    assert "--writer and --rounds go with --correct" in wrong.stderr
+    assert (wrong.returncode, "go with --correct" in wrong.stderr) == (2, True)
+    wrong = run("curate", source, "-o", out, *settings, "--writer", folder, "--finetune")
+    assert (wrong.returncode, "leave out --writer" in wrong.stderr) == (2, True)
+
+
+def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_path):
+    out = tmp_path / "scored.jsonl"
+    arguments = ("score", source, "-o", out, "--model", tiny, "--samples", "2", "--batch-size", "1")
+    command = [sys.executable, "-m", "clear_datasets.cli", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(tmp_path.glob("clear_stages/*/*.parquet"))) < 3:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("clear_stages/*/*.parquet")}
+    assert 3 <= len(done) < len(ROWS)
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(done)} from an earlier run" in again.stderr
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    (tmp_path / "fresh").mkdir()
+    fresh = run(*arguments[:3], tmp_path / "fresh" / "scored.jsonl", *arguments[4:])
+    assert fresh.returncode == 0, fresh.stderr
+    assert lines(out) == lines(tmp_path / "fresh" / "scored.jsonl")
+    curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *arguments[4:])  # has the same scores
+    assert "9 from an earlier run" in curated.stderr
+    other = run(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken
+    assert other.returncode == 0, other.stderr
+    assert "earlier run" not in other.stderr
+
+
+def test_estimate_counts_every_stage_of_all_rows(source, tiny, tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    arguments = ("estimate", source, "--model", tiny, "--samples", "2", "--correct", "--price-per-hour", "3600")
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    table = [[cell.strip() for cell in row.split("│")[1:-1]] for row in done.stdout.splitlines() if "│" in row]
+    costs = {row[0]: row[1:] for row in table}
+    assert list(costs) == ["score", "fine-tune", "propose", "prefer", "in all"]
+    hours, minutes, seconds = map(int, costs["in all"][2].split(":"))
+    assert float(costs["in all"][3].replace(",", "")) == pytest.approx(3600 * hours + 60 * minutes + seconds, abs=1)
+    written = {stage: int(cost[1].replace(",", "")) for stage, cost in costs.items()}
+    assert written["fine-tune"] == 0 < written["propose"]
+    assert written["score"] >= 2 * 8  # two samples of the eight rows that can be asked
+    assert not list(tmp_path.glob("clear_stages"))
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet", ""])

@@ -1,0 +1,145 @@
+"""Decisions applied to a dataset, and undone: no model is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from clear_datasets.formats import Format, RowOf, infer_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    D = TypeVar("D", Dataset, DatasetDict)
+
+_OURS = tuple(
+    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "error", "candidate", "preference",
+                                 "position_bias", "decision", "original")
+)  # fmt: skip
+
+
+def curated(ds: D, format: Format | None = None) -> D:
+    """Apply the decisions: leave out the rows to drop, put the candidates into the rows to replace.
+
+    Where candidates are there, a replaced row has its former target in ``clear_original``, "" in all others; `restore`
+    puts it back. Everything else stays as it was.
+
+    Args:
+        ds: A dataset with decisions; see `decide`.
+        format: Where rows keep their target; inferred from the columns by default.
+
+    Raises:
+        ValueError: There is no column ``clear_decision``.
+    """
+    for split in ds.values() if isinstance(ds, Mapping) else [ds]:
+        if split.column_names is not None and "clear_decision" not in split.column_names:
+            raise ValueError("no column 'clear_decision': run ds = ds.map(decide(gamma), batched=True) first")
+    step = _Replace(format)
+
+    def apply(split: Any) -> Any:
+        left = split.filter(_stays, input_columns="clear_decision")
+        return _mapped(left, step, "clear_original") if _has(left, "clear_candidate") else left
+
+    return cast("D", _splits(ds, apply))
+
+
+def restore(ds: D, format: Format | None = None) -> D:
+    """The source rows again: former targets in their places, and no column of ours.
+
+    Rows that `curated` left out are not in its result; they are in the dataset that `decide` made.
+
+    Args:
+        ds: What `curated` made.
+        format: As for `curated`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from clear_datasets import decide
+        >>> ds = Dataset.from_dict({"question": ["2 + 2?"], "answer": ["5"], "clear_confidence": [0.1],
+        ...     "clear_candidate": ["4"], "clear_preference": [0.9]})
+        >>> done = curated(ds.map(decide(0.5), batched=True))
+        >>> done["answer"][:], restore(done)["answer"][:]
+        (['4'], ['5'])
+    """
+    step = _Restore(format)
+
+    def undo(split: Any) -> Any:
+        back = _mapped(split, step) if _has(split, "clear_original") else split
+        names = back.column_names or next(iter(back), ())  # a stream may not tell before its first row
+        return back.remove_columns([name for name in names if name in _OURS])
+
+    return cast("D", _splits(ds, undo))
+
+
+def _has(split: Any, column: str) -> bool:
+    return split.column_names is None or column in split.column_names  # a stream may not tell
+
+
+def _mapped(split: Any, step: Callable[..., dict[str, Any]], new: str = "") -> Any:
+    """`split.map(step)` with the schema as it was, and a new column of text."""
+    from datasets import Value
+
+    features = split.features and split.features.copy()
+    if features is not None and new:
+        features[new] = Value("string")
+    if hasattr(split, "__len__") and not len(split):  # which map leaves as it is
+        return split.add_column(new, [], feature=Value("string")) if new and not _has(split, new) else split
+    return split.map(step, batched=True, features=features)
+
+
+def _splits(ds: Any, change: Callable[[Any], Any]) -> Any:
+    """The change on each split, without its format, which would hide or transform columns, and with it again."""
+    if isinstance(ds, Mapping):
+        kind: Any = type(ds)
+        return kind({name: _splits(split, change) for name, split in ds.items()})
+    old = getattr(ds, "format", None)  # not of streams
+    if not old or not old["type"]:
+        return change(ds)
+    changed = change(ds.with_format(None))
+    columns = None if set(old["columns"]) == set(ds.column_names) else set(old["columns"]) & set(changed.column_names)
+    rest = {"output_all_columns": old["output_all_columns"], **old["format_kwargs"]}
+    return changed.with_format(old["type"], columns=columns and sorted(columns), **rest)
+
+
+@dataclass(frozen=True)
+class _Replace:
+    format: Format | None
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if "clear_candidate" not in batch:  # of a stream that did not tell
+            return {}
+        form = self.format or infer_rows(batch)
+        before = batch["clear_original"] if "clear_original" in batch else [""] * len(batch["clear_decision"])
+        originals = [original or "" for original in before]  # of an earlier round, which stay
+        changed: dict[str, list[Any]] = {"clear_original": originals}
+        for i, decision in enumerate(batch["clear_decision"]):
+            if decision == "replace":
+                row = RowOf(batch, i)
+                originals[i] = originals[i] or form.read(row).response
+                _put(changed, batch, i, form.write(row, row["clear_candidate"]))
+        return changed
+
+
+@dataclass(frozen=True)
+class _Restore:
+    format: Format | None
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        if "clear_original" not in batch:
+            return {}
+        form = self.format or infer_rows(batch)
+        changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
+        for i, original in enumerate(batch["clear_original"]):
+            if original:
+                _put(changed, batch, i, form.write(RowOf(batch, i), original))
+        return changed
+
+
+def _put(changed: dict[str, list[Any]], batch: Mapping[str, list[Any]], i: int, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        changed.setdefault(name, list(batch[name]))[i] = value
+
+
+def _stays(decision: str) -> bool:
+    return decision != "drop"

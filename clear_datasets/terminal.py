@@ -1,0 +1,144 @@
+"""What the command line says: progress, a summary, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clear_datasets import Clear
+    from clear_datasets.estimate import Cost
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
+    """A progress bar; gives a function that is told how many rows are done, and whether they were known before."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
+    started, asked, kept = time.monotonic(), 0, 0
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total, speed="loading the model")
+
+        def advance(rows: int, known: bool) -> None:
+            nonlocal asked, kept
+            asked, kept = (asked, kept + rows) if known else (asked + rows, kept)
+            speed = f"{asked / (time.monotonic() - started):.2f} rows/s" if asked else ""
+            before = f"{kept:,} from an earlier run" if kept else ""
+            bar.update(task, advance=rows, speed=", ".join(filter(None, (speed, before))))
+
+        yield advance
+
+
+def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
+    """What became of the rows, how their confidence is spread, and the least confident of them."""
+    import numpy as np
+    from rich.markup import escape
+    from rich.table import Table
+
+    from clear_datasets.formats import infer_rows
+
+    confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
+    scored = ~np.isnan(confidence)
+    table = Table(title=f"{len(ds):,} rows with {Path(clear.model).name}", title_justify="left", show_header=False)
+    if gamma is not None:
+        decisions = ds["clear_decision"][:]
+        table.add_row("kept", f"{decisions.count('keep'):,}")
+        if "clear_candidate" in ds.column_names:
+            table.add_row("replaced", f"{decisions.count('replace'):,}")
+        table.add_row("dropped", f"{decisions.count('drop'):,}")
+        table.add_row("gamma", f"{gamma:.4f}")
+    table.add_row("failed", f"{int((~scored).sum()):,}")
+    counts, _ = np.histogram(confidence[scored], bins=10, range=(0, 1))
+    for i, count in enumerate(counts):
+        bar = "█" * round(30 * count / max(counts.max(), 1))
+        table.add_row(f"confidence {i / 10:.1f} to {(i + 1) / 10:.1f}", f"{bar} {count}")
+    console.print(table)
+    form = clear.format or infer_rows(ds[:1000])
+    least = Table("row", "confidence", "prompt ends", "target", title="least confident", title_justify="left")
+    for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
+        example = form.read(ds[int(i)])
+        prompt = example.prompt[-1]["content"]
+        least.add_row(
+            str(i), f"{confidence[i]:.3f}", escape(_short(prompt, last=True)), escape(_short(example.response))
+        )
+    console.print(least)
+    for error, count in Counter(e for e in ds["clear_error"][:] if e).most_common(5):
+        console.print(f"failed, {count} rows: {escape(_short(error, 200))}")
+    console.print(f"wrote {escape(str(out))}")
+    if not scored.any():
+        fail("no row could be scored", 3)
+
+
+def cost_table(costs: Sequence[Cost], rows: int, price_per_hour: float | None) -> None:
+    """Tokens, time and money of each stage and in all, to standard output."""
+    from rich.table import Table
+
+    from clear_datasets.estimate import Cost
+
+    fields = ("prompt_tokens", "written_tokens", "seconds")
+    whole = Cost("in all", *(sum(getattr(c, f) for c in costs) for f in fields))
+    money = price_per_hour is not None
+    table = Table("stage", "prompt tokens", "written tokens", "time", *["money"] * money, title=f"{rows:,} rows, about",
+                  title_justify="left")  # fmt: skip
+    for cost in [*costs, whole]:
+        hours, seconds = divmod(round(cost.seconds), 3600)
+        price = [f"{cost.seconds / 3600 * price_per_hour:,.2f}"] if price_per_hour is not None else []
+        time_taken = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+        table.add_row(cost.stage, f"{cost.prompt_tokens:,}", f"{cost.written_tokens:,}", time_taken, *price)
+    Console().print(table)
+
+
+def _short(text: str, size: int = 60, last: bool = False) -> str:
+    text = " ".join(text.split())
+    if len(text) <= size:
+        return text
+    return "…" + text[-size:] if last else text[:size] + "…"
+
+
+@contextmanager
+def clear_errors(code: int = 1) -> Iterator[None]:
+    """Wrong input ends in one line and an exit code, not in a traceback (which CLEAR_DEBUG=1 shows)."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read at the import, by transformers too
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from datasets import disable_progress_bars
+    from datasets.exceptions import DatasetsError
+
+    from clear_datasets.engines import EngineError
+
+    disable_progress_bars()
+    try:
+        yield
+    except (ValueError, OSError, TypeError, ImportError, DatasetsError, EngineError) as error:
+        if os.environ.get("CLEAR_DEBUG"):
+            raise
+        fail(str(error) or type(error).__name__, code)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on behind the last batch that was done", 130)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with a line and an exit code."""
+    print(f"clear-datasets: {message}", file=sys.stderr)
+    raise typer.Exit(code)
