@@ -173,7 +173,8 @@ class Seed:
     def tune(self, arm: str) -> None:
         name = self.adapter(arm)
         rows = self.rows(arm).select_columns(self.noisy.column_names)
-        print(f"seed {self.seed}: fine-tuning {name} on {len(rows)} rows", flush=True)
+        if not (self.folder / name / "adapter_config.json").exists():
+            print(f"seed {self.seed}: fine-tuning {name} on {len(rows)} rows", flush=True)
         self.clear.close()
         finetune(
             rows, self.model, self.folder / name, seed=self.seed, max_steps=self.steps, learning_rate=self.args.rate,

@@ -1,0 +1,102 @@
+"""scripts/reproduce.py: its measures, and a whole run with the tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from tests.conftest import make_tiny
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    sys.path.insert(0, str(SCRIPTS))
+    import reproduce_tasks
+
+    yield reproduce_tasks
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.mark.parametrize(
+    "task, answer, references, figures",
+    [
+        ("squad", "The  Denver Broncos.", ["Denver Broncos"], {"exact match": 1, "F1": 1}),
+        ("squad", "in Denver", ["Denver", "Santa Clara"], {"exact match": 0, "F1": pytest.approx(2 / 3)}),
+        ("squad", "", ["Denver"], {"exact match": 0, "F1": 0}),
+        ("drop", "4", ["14"], {"exact match": 0, "F1": 0}),
+        ("gsm8k", "2 + 2 = 4, so\n#### 1,004.0", ["She has 1004\n#### 1004"], {"accuracy": 1}),
+        ("gsm8k", "It is -3.", ["#### 3"], {"accuracy": 0}),
+        ("gsm8k", "I do not know", ["#### 3"], {"accuracy": 0}),
+        ("arc", "B. Leaves", ["B"], {"accuracy": 1}),
+        ("arc", "**C**", ["C"], {"accuracy": 1}),
+        ("arc", "The answer is D.", ["D"], {"accuracy": 1}),
+        ("arc", "A plant needs light", ["A"], {"accuracy": 0}),
+        ("emails", '{"topic": "Rent", "reply": "I pay now"}', ['{"topic": "rent", "reply": "I pay later"}'],
+         {"F1": pytest.approx((1 + 2 / 3) / 2), "first field": 1, "valid JSON": 1}),
+        ("emails", '{"topic": "rent", "reply": ', ['{"topic": "rent", "reply": "yes"}'],
+         {"F1": 0, "first field": 0, "valid JSON": 0}),
+    ],
+)  # fmt: skip
+def test_measures(tasks, task, answer, references, figures):
+    assert tasks.TASKS[task].measure(answer, references) == figures
+
+
+@pytest.mark.parametrize(
+    "task, row, shaped",
+    [
+        ("squad", {"context": "c", "question": "q", "answers": {"text": ["x", "y", "x"]}}, ("x", ["x", "y"])),
+        ("squad", {"context": "c", "question": "q", "answer": "x"}, ("x", ["x"])),
+        ("drop", {"passage": "c", "question": "q", "answers_spans": {"spans": ["7"]}}, ("7", ["7"])),
+        ("arc", {"question": "q", "choices": {"text": ["u", "v"]}, "answerKey": "2"}, ("B", ["B"])),
+        ("arc", {"question": "q", "options": '["u", "v"]', "answer": "A"}, ("A", ["A"])),
+    ],
+)
+def test_rows_of_the_hub_and_of_files(tasks, task, row, shaped):
+    found = tasks.TASKS[task].shape(row)
+    assert (found["answer"], found["references"]) == shaped
+
+
+def reproduce(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "reproduce.py"), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
+    pytest.importorskip("trl")
+    model = make_tiny(tmp_path / "tiny", max_position_embeddings=2048, initializer_range=0.05)
+    rows = Dataset.from_list(
+        [{"prompt": f"Topic of mail {i}?", "response": json.dumps({"topic": f"t{i}", "n": i})} for i in range(30)]
+    )
+    rows.to_json(str(tmp_path / "rows.jsonl"))
+    out = tmp_path / "result.json"
+    arguments = ("--task", tmp_path / "rows.jsonl", "--model", model, "--seeds", "1", "--rows", "20", "--test", "8",
+                 "--epochs", "1", "--preference", "confidence", "--eta", "0.4", "--out", out)  # fmt: skip
+    first = reproduce(*arguments, "--arms", "filter")
+    assert first.returncode == 0, first.stderr
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("result.work/1/*.parquet")}
+    assert {p.name for p in done} == {"noisy.parquet", "scored.parquet"}
+    whole = reproduce(*arguments, "--arms", "original,random,filter,correct")
+    assert whole.returncode == 0, whole.stderr
+    assert "fine-tuning filter" not in whole.stdout
+    assert whole.stdout.count("train_runtime") == 4
+    assert {p: p.stat().st_mtime_ns for p in done} == done
+    result = json.loads(out.read_text())
+    arms, curation = result["seeds"]["1"]["arms"], result["seeds"]["1"]["curation"]
+    assert set(arms) == {"original", "random", "random_length", "filter", "correct"}
+    assert arms["original"]["rows"] == 20
+    assert arms["original"]["wrong"] == sum(curation["wrong targets"].values()) == 4
+    assert arms["random"]["rows"] == arms["random_length"]["rows"] == arms["filter"]["rows"]
+    assert arms["correct"]["rows"] == curation["decisions"]["keep"] + curation["decisions"]["replace"]
+    assert set(result["base"]) == {"F1", "first field", "valid JSON"}
+    assert len(result["runs"]) == 2
+    assert "| correct |" in whole.stdout
+    other = reproduce(*arguments, "--noise", "0.4")
+    assert other.returncode == 1
+    assert "was made with other noise" in other.stderr
