@@ -276,6 +276,7 @@ def _split(answers: Answers, each: Sequence[Asks]) -> list[Answers]:
             answers.generated[ends["generate"][i] : ends["generate"][i + 1]],
             answers.chosen[ends["choose"][i] : ends["choose"][i + 1]],
             answers.read[ends["read"][i] : ends["read"][i + 1]],
+            answers.cut[ends["generate"][i] : ends["generate"][i + 1]],
         )
         for i in range(len(each))
     ]

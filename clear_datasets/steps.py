@@ -126,7 +126,8 @@ class Clear:
 
         Returns:
             ``clear_candidate``, "" where there is none: the row is above gamma or has no score, or the candidate is
-            empty or the target itself; and ``clear_error``, which says so where none could be written.
+            empty or the target itself; and ``clear_error``, which says why none could be written, or that it was cut
+            off at the limit of its length (256 tokens, or 64 more than half the bytes of the target).
 
         Raises:
             ValueError: There is no writer (`with_writer`), or the rows have no confidence that gamma is compared with.
@@ -150,7 +151,10 @@ class Clear:
             found = ask(self._base(rank).with_writer(self.writer), reasons, question)
             for j, answers in found.items():
                 example, [[text]] = examples[wanted[j]], answers.generated
-                candidates[wanted[j]] = "" if example is None or text == example.response.strip() else text
+                if answers.cut and answers.cut[0][0]:
+                    reasons[j] = f"the answer is cut off at {question(j).limits[0]} tokens"
+                elif example is not None and text != example.response.strip():
+                    candidates[wanted[j]] = text
         return self._added(batch, columns, {"clear_candidate": candidates}, "no candidate", wanted, reasons)
 
     def prefer(self, batch: Any, rank: int | None = None) -> Any:

@@ -88,7 +88,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_tiny(tmp_path_factory.mktemp("tiny")))
 
 
-def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> Path:
+def make_tiny(folder: Path, template: str | None = TEMPLATE, ends: float = 1.0, **config: Any) -> Path:
+    """`ends` scales the weights of the end of a turn: from 5 on, most answers are short."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -113,6 +114,7 @@ def make_tiny(folder: Path, template: str | None = TEMPLATE, **config: Any) -> P
     } | config  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.lm_head.weight.data[[vocabulary[w] for w in [*words, *"ABC"]]] *= 3  # it says them often
+    model.lm_head.weight.data[vocabulary["<|end|>"]] *= ends
     model.save_pretrained(folder)
     return folder
 

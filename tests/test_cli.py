@@ -29,7 +29,8 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
     """A model that spreads its probability evenly, so that "Yes" and "No" hold more than the 1% that a score needs."""
-    return str(make_tiny(tmp_path_factory.mktemp("even"), initializer_range=0.05, max_position_embeddings=4096))
+    folder = tmp_path_factory.mktemp("even")
+    return str(make_tiny(folder, ends=5, initializer_range=0.05, max_position_embeddings=4096))
 
 
 @pytest.fixture

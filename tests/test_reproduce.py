@@ -70,7 +70,7 @@ def reproduce(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     pytest.importorskip("trl")
-    model = make_tiny(tmp_path / "tiny", max_position_embeddings=2048, initializer_range=0.05)
+    model = make_tiny(tmp_path / "tiny", ends=5, max_position_embeddings=2048, initializer_range=0.05)
     rows = Dataset.from_list(
         [{"prompt": f"Topic of mail {i}?", "response": json.dumps({"topic": f"t{i}", "n": i})} for i in range(30)]
     )

@@ -193,6 +193,15 @@ class Tunable(Scripted):
         return Scripted(answers=(("Where?", writer), ("Who?", "Ada")), limit=30)
 
 
+def test_an_answer_that_is_cut_off_is_no_candidate(tiny):
+    rows = {"question": ["Where does it rise?"], "answer": ["the Alps"]}
+    proposed = Clear(tiny).with_writer(tiny).propose(rows)  # a random model goes on and on
+    assert proposed == {
+        "clear_candidate": [""],
+        "clear_error": ["no candidate: the answer is cut off at 256 tokens"],
+    }
+
+
 def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_base_model():
     rows = {
         "question": ["Where?", "Where?", "Who?", "Who?" + " really" * 10, "Where?", ""],

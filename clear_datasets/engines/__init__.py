@@ -7,7 +7,7 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -62,11 +62,15 @@ class Asks:
 
 @dataclass
 class Answers:
-    """What `generate`, `choose` and `logprobs` returned."""
+    """What `generate`, `choose` and `logprobs` returned, and which of the texts are `cut` off at their limit.
+
+    An engine that does not know which are leaves `cut` empty.
+    """
 
     generated: list[list[str]]
     chosen: npt.NDArray[np.float32]
     read: list[npt.NDArray[np.float32]]
+    cut: list[list[bool]] = field(default_factory=list)
 
 
 class Engine(Protocol):

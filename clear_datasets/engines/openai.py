@@ -116,7 +116,9 @@ class OpenAI(Queued):
         found = _wait(self._all(jobs))
         written, weighed = found[: len(asks.generate)], found[len(asks.generate) :]
         chosen = np.array(weighed, dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
-        return Answers([texts * (asks.n // draws) for texts in written], chosen, read)
+        written = [texts * (asks.n // draws) for texts in written]
+        cut = [[c for _, c in texts] for texts in written]
+        return Answers([[text for text, _ in texts] for texts in written], chosen, read, cut)
 
     async def _all(self, jobs: list[tuple[str, _Job]]) -> list[Any]:
         """Results of all jobs in their order, `concurrency` at a time."""
@@ -186,14 +188,15 @@ class OpenAI(Queued):
                 return reply
         raise refusals[0]
 
-    async def _write(self, prompt: Messages, n: int, temperature: float, limit: int) -> list[str]:
-        texts: list[str] = []
+    async def _write(self, prompt: Messages, n: int, temperature: float, limit: int) -> list[tuple[str, bool]]:
+        """Texts, and whether they are cut off at the limit."""
+        texts: list[tuple[str, bool]] = []
         while len(texts) < n:  # some servers give one answer a request, whatever n is
             settings = {self._limit: limit, "n": n - len(texts), "temperature": temperature, "top_p": 1.0}
             reply = await self._ask(prompt, settings)
             if not reply.choices:
                 raise EngineError(f"{self._where} gave a reply without any answer")
-            texts += [(choice.message.content or "").strip() for choice in reply.choices]
+            texts += [((c.message.content or "").strip(), c.finish_reason == "length") for c in reply.choices]
         return texts[:n]
 
     async def _weigh(self, prompt: Messages, labels: Sequence[str]) -> list[float]:
@@ -218,7 +221,7 @@ class OpenAI(Queued):
                     f"{self.model} gives no log-probabilities: labels are counted in {_COUNTED} answers", stacklevel=2
                 )
         texts = await self._write(prompt, _COUNTED, 1.0, 8)
-        said = Counter(text.lstrip(" \n*\"'(") for text in texts)
+        said = Counter(text.lstrip(" \n*\"'(") for text, _ in texts)
         return _shares({text: count / _COUNTED for text, count in said.items()}, labels, whole=False)
 
     @property

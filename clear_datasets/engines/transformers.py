@@ -90,11 +90,14 @@ class Transformers(Queued):
                 waiting = _together(waiting, last=False)
         _together(waiting, last=True)
         generated: list[list[str]] = [[] for _ in asks.generate]
+        cut: list[list[bool]] = [[] for _ in asks.generate]
         for draw in drawn:  # the samples of a prompt come in their order
             text = checkpoint.chats.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip()
             generated[draw.position].append(text)
+            cut[draw.position].append(len(draw.tokens) == len(draw.uniform))
         # At temperature 0 one was drawn for all.
-        return Answers([t * (asks.n // len(t)) for t in generated], known.probabilities(masses), read)
+        generated, cut = [t * (asks.n // len(t)) for t in generated], [c * (asks.n // len(c)) for c in cut]
+        return Answers(generated, known.probabilities(masses), read, cut)
 
     def _window(
         self, window: list[Run], checkpoint: Checkpoint, asks: Asks, budget: int

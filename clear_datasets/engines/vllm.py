@@ -102,6 +102,7 @@ class VLLM(Queued):
         requests, known = plan(asks, loaded.chats, spare=1)  # vLLM writes a token after all that it reads
         masses = known.empty(len(asks.choose))
         generated: list[list[str]] = [[] for _ in asks.generate]
+        cut: list[list[bool]] = [[] for _ in asks.generate]
         read = [np.empty(0, np.float32) for _ in asks.read]
         again: list[Request] = []
         ordered = sorted(requests, key=lambda r: r.ids)  # neighbours share their beginnings
@@ -110,15 +111,16 @@ class VLLM(Queued):
             if request.kind == "choose":
                 known.add(masses, request.position, request.stem, _Sparse(output.outputs[0].logprobs[0]))
             elif request.kind == "generate":
-                texts = [_text(loaded.chats, o.token_ids) for o in sorted(output.outputs, key=lambda o: o.index)]
-                generated[request.position] = texts * (asks.n // request.draws)
+                drawn, times = sorted(output.outputs, key=lambda o: o.index), asks.n // request.draws
+                generated[request.position] = [_text(loaded.chats, o.token_ids) for o in drawn] * times
+                cut[request.position] = [o.finish_reason == "length" for o in drawn] * times
             elif _unread(request, output):
                 again.append(request)
             else:
                 read[request.position] = _tail(request, output)
         for request, output in loaded.run(((r, settings.of(r, cached=False)) for r in again), self):
             read[request.position] = _tail(request, output)
-        return Answers(generated, known.probabilities(masses), read)
+        return Answers(generated, known.probabilities(masses), read, cut)
 
     def close(self) -> None:
         """End vLLM's processes and free the memory; the next call loads anew."""

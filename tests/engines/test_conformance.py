@@ -69,6 +69,17 @@ def test_an_empty_batch(engine):
     assert answers.read == []
 
 
+def test_texts_that_are_cut_off_are_marked(engine, prompts):
+    if type(engine).__name__ == "Scripted":
+        pytest.skip("it says whole words, whatever the limit")
+    short = engine.answer(Asks(prompts[:2], 2, 0.0, 1)).cut
+    assert short == [[True, True], [True, True]]
+    found = engine.answer(Asks(prompts, 3, 1.0, 256))
+    whole = [not c for cut in found.cut for c in cut]
+    assert [len(cut) for cut in found.cut] == [3] * len(prompts)
+    assert any(whole)
+
+
 def test_prompts_that_are_too_long_are_named_and_the_rest_can_be_asked(engine, prompts):
     long = [{"role": "user", "content": "x" * 600}]
     with pytest.raises(PromptError) as caught:
