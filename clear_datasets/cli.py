@@ -156,7 +156,9 @@ def curate(
     from clear_datasets.stages import train_writer
 
     with clear_errors(2):
+        audit = out.with_name(out.name + ".audit.parquet")
         check_out(out, src)
+        check_out(audit, src)
         if not correct and (writer or finetune or rounds > 1):
             raise ValueError("--writer, --finetune and --rounds go with --correct")
         if writer and (finetune or rounds > 1):
@@ -169,7 +171,8 @@ def curate(
         )
         stages = _stages(out, batch_size)
         scored = stages.score(rows, clear)
-        audit = out.with_name(out.name + ".audit.parquet")
+        older = {"clear_candidate", "clear_preference", "clear_position_bias", "clear_decision"}  # of an audit as SRC
+        scored = scored.remove_columns(sorted(older & set(scored.column_names)))
         if all(scored["clear_error"][:]):
             write(scored, audit)
             summary(scored, audit, clear, None)
@@ -181,8 +184,10 @@ def curate(
             if writer is None:
                 train_writer(decided, correcting)
             decided = stages.correct(scored, correcting).map(decide(cut, eta, failed=failed.value), batched=True)
+            if number + 1 < rounds:
+                correcting.close()  # fine-tuning needs the memory
         write(decided, audit)
-        write(curated(decided, form).select_columns(rows.column_names), out)
+        write(curated(decided, form).select_columns([c for c in rows.column_names if c in decided.column_names]), out)
         summary(decided, out, clear, cut)
 
 

@@ -62,7 +62,7 @@ def estimate(
         keep: Share of the rows above the threshold.
         probe: How many rows to run.
         batch_size: Rows handed to the engine at a time.
-        rounds: How often to write candidates.
+        rounds: How often to write candidates; rows that later rounds train on beyond the kept ones are not counted.
 
     Returns:
         A cost for each stage.
@@ -108,10 +108,12 @@ def _tuning(kept: Dataset, clear: Clear, scale: float, writer: str, rounds: int)
     from clear_datasets.finetune import BATCH, EPOCHS, finetune
     from clear_datasets.formats import infer
 
+    whole = kept.select([i % len(kept) for i in range(max(len(kept), BATCH * (1 + _STEPS)))])  # no batch is short
+    model: dict[str, Any] = {"revision": clear.revision, "format": clear.format, "save_strategy": "no"}
     seconds = []
     for steps, out in ((1, writer + "1"), (1 + _STEPS, writer)):
         started = time.monotonic()
-        finetune(kept, clear.model, out, revision=clear.revision, format=clear.format, max_steps=steps)
+        finetune(whole, clear.model, out, max_steps=steps, **model)
         seconds.append(time.monotonic() - started)
     step = (seconds[1] - seconds[0]) / _STEPS
     chats, form = _chats(clear), clear.format or infer(kept.features)

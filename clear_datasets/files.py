@@ -49,7 +49,7 @@ def load(src: str, split: str | None, config: str | None, revision: str | None, 
         raise ValueError(f"{src} has no splits: leave --split out")
     if not len(loaded):
         raise ValueError(f"{src} has no rows")
-    taken: Dataset = loaded.select(range(min(limit or len(loaded), len(loaded))))
+    taken: Dataset = loaded.with_format(None).select(range(min(limit or len(loaded), len(loaded))))
     return taken
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +40,7 @@ class Stages:
         mark = Hasher.hash((rows._fingerprint, step, self.batch_size))
         folder = self.folder / f"{name}-{mark}"
         folder.mkdir(parents=True, exist_ok=True)
-        files: list[str] = []
+        files: list[Path] = []
         with progress(title, len(rows)) as advance:
             for start in range(0, len(rows), self.batch_size):
                 part = rows.select(range(start, min(start + self.batch_size, len(rows))))
@@ -48,14 +51,16 @@ class Stages:
                         step, batched=True, batch_size=None, remove_columns=part.column_names, keep_in_memory=True,
                         load_from_cache_file=False, new_fingerprint=mark,
                     )  # fmt: skip
-                    added.to_parquet(str(file.with_suffix(".part")))
-                    file.with_suffix(".part").rename(file)
-                files.append(str(file))
+                    unfinished = file.with_suffix(f".part{os.getpid()}")
+                    added.to_parquet(str(unfinished))
+                    unfinished.rename(file)
+                files.append(file)
                 advance(len(part), known)
-        added = Dataset.from_parquet(files)
+        added = Dataset.from_parquet([escape(str(file)) for file in files])
         left = rows.remove_columns([c for c in rows.column_names if c in added.column_names])
         whole = concatenate_datasets([left, added], axis=1)
-        whole._fingerprint = mark  # that of concatenate_datasets differs from run to run
+        # That of concatenate_datasets differs from run to run; settings alone do not tell scores that were drawn anew.
+        whole._fingerprint = Hasher.hash((mark, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]))
         return whole
 
     def score(self, rows: Dataset, clear: Clear) -> Dataset:

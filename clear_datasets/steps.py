@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCORES_REVISION = 3  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
+_CANDIDATES_REVISION = 2  # the same of candidates
 _CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
 
@@ -68,7 +69,9 @@ class Clear:
         object.__setattr__(self, "scores_revision", SCORES_REVISION)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"stamp": stamp(self.model), "writer_stamp": stamp(self.writer) if self.writer else ""}
+        own: dict[str, Any] = {"stamp": stamp(self.model), "writer_stamp": ""}
+        if self.writer:
+            own = {**own, "writer_stamp": stamp(self.writer), "candidates_revision": _CANDIDATES_REVISION}
         return {**self.__dict__, **own}  # a model that was retrained in its place scores anew
 
     def with_writer(self, writer: str | os.PathLike[str], gamma: float | None = None) -> Clear:

@@ -32,11 +32,10 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
         Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))  # fmt: skip
+               TimeElapsedColumn())  # fmt: skip
     started, asked, kept = time.monotonic(), 0, 0
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total, speed="loading the model")
@@ -44,11 +43,19 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
         def advance(rows: int, known: bool) -> None:
             nonlocal asked, kept
             asked, kept = (asked, kept + rows) if known else (asked + rows, kept)
-            speed = f"{asked / (time.monotonic() - started):.2f} rows/s" if asked else ""
-            before = f"{kept:,} from an earlier run" if kept else ""
-            bar.update(task, advance=rows, speed=", ".join(filter(None, (speed, before))))
+            spent, left = time.monotonic() - started, total - asked - kept
+            said = [f"{asked / spent:.2f} rows/s"] if asked else []
+            said += [f"{clock(spent * left / asked)} left"] if asked and left else []
+            said += [f"{kept:,} from an earlier run"] if kept else []
+            bar.update(task, advance=rows, speed=", ".join(said))
 
         yield advance
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
@@ -103,10 +110,9 @@ def cost_table(costs: Sequence[Cost], rows: int, price_per_hour: float | None) -
     table = Table("stage", "prompt tokens", "written tokens", "time", *["money"] * money, title=f"{rows:,} rows, about",
                   title_justify="left")  # fmt: skip
     for cost in [*costs, whole]:
-        hours, seconds = divmod(round(cost.seconds), 3600)
         price = [f"{cost.seconds / 3600 * price_per_hour:,.2f}"] if price_per_hour is not None else []
-        time_taken = f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
-        table.add_row(cost.stage, f"{cost.prompt_tokens:,}", f"{cost.written_tokens:,}", time_taken, *price)
+        tokens = f"{cost.prompt_tokens:,}", f"{cost.written_tokens:,}"
+        table.add_row(cost.stage, *tokens, clock(cost.seconds), *price)
     Console().print(table)
 
 

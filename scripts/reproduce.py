@@ -11,7 +11,7 @@ each of them, at temperature 0, clean test rows:
     correct     the same, and rows whose targets are replaced (Auto-Correct; the model of `filter` writes candidates)
 
 Prints a table and writes the figures to OUT; scored rows, adapters and answers are kept in OUT.work. A run that was
-broken off goes on where it was when it is started again with the same settings.
+broken off goes on behind the last batch or checkpoint when it is started again with the same settings.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import platform
 import random
 import sys
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from reproduce_tasks import NOISES, TASKS, Task, any_file
 from clear_datasets import BSDetector, ByConfidence, Clear, Pairwise, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
 from clear_datasets.finetune import finetune
+from clear_datasets.stages import Stages
 from clear_datasets.steps import SCORES_REVISION
 
 ARMS = ("original", "random", "random_length", "filter", "correct")
@@ -53,12 +55,13 @@ def main() -> None:
     datasets.disable_progress_bars()
     work = args.out.with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
-    result = begin(args)
+    result = begin(args, work / "settings.json")
     pool, test = task.rows([*([] if args.task in TASKS else [args.task]), *(args.data or [])], args.test)
     for seed in range(1, args.seeds + 1):
         arms = Seed(args, task, model, pool, seed, work / str(seed))
         found = result["seeds"].setdefault(str(seed), {"arms": {}})
-        found["curation"] = arms.curation() if "correct" in args.arms else None
+        if "correct" in args.arms:
+            found["curation"] = arms.curation()
         for arm in args.arms:
             arms.tune(arm)
         engine = default_engine(model)
@@ -72,7 +75,7 @@ def main() -> None:
             print(f"seed {seed}, {arm}: {json.dumps(found['arms'][arm])}", flush=True)
         engine.close()
         result["against original"] = against(task, test, result, work)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(args.out, result)
     print(table(result))
 
 
@@ -100,7 +103,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def begin(args: argparse.Namespace) -> dict[str, Any]:
+def begin(args: argparse.Namespace, kept: Path) -> dict[str, Any]:
     """What an earlier run with the same settings found, or an empty result."""
     settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out")}
     settings |= {"kind": args.kind or (TASKS[args.task].noise if args.task in TASKS else "swap")}
@@ -111,11 +114,20 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
         "date": datetime.date.today().isoformat(),
     }
-    old = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "runs": [], "seeds": {}}
-    if old["settings"] != settings:
-        other = [k for k in settings if old["settings"].get(k) != settings[k]]
-        raise SystemExit(f"{args.out} was made with other {', '.join(other)}: give another --out, or delete it")
+    new = {"settings": settings, "runs": [], "seeds": {}}
+    old = json.loads(args.out.read_text()) if args.out.exists() else new
+    before = json.loads(kept.read_text()) if kept.exists() else old["settings"]
+    if before != settings:
+        other = [k for k in settings if before.get(k) != settings[k]]
+        raise SystemExit(f"{kept.parent} was made with other {', '.join(other)}: give another --out, or delete both")
+    write(kept, settings)
     return {**old, "runs": [*old["runs"], run]}
+
+
+def write(file: Path, content: Any) -> None:
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.rename(file)
 
 
 class Seed:
@@ -128,7 +140,8 @@ class Seed:
         folder.mkdir(exist_ok=True)
         self.clear = Clear(model, preference=PREFERENCES[args.preference])
         self.noisy = self._stage("noisy", lambda: self._noisy(pool))
-        self.scored = self._stage("scored", lambda: self.noisy.map(self.clear.score, batched=True))
+        self.stages = Stages(folder / "stages", 1000 if torch.cuda.device_count() else 64)
+        self.scored = self._stage("scored", lambda: self.stages.score(self.noisy, self.clear))
         self.gamma = threshold(self.scored)
         self.kept = self.scored.filter(above(self.gamma, failed="drop"))
         self.steps = round(args.epochs * len(self.noisy) / args.batch)
@@ -143,7 +156,7 @@ class Seed:
             print(f"seed {self.seed}: {name}", flush=True)
             make().to_parquet(str(file.with_suffix(".part")))
             file.with_suffix(".part").rename(file)
-        return Dataset.from_parquet(str(file))
+        return Dataset.from_parquet(escape(str(file)))
 
     def rows(self, arm: str) -> Dataset:
         if arm == "original":
@@ -162,8 +175,8 @@ class Seed:
         if not (self.folder / "judged.parquet").exists():
             self.tune("filter")
         clear = self.clear.with_writer(str(self.folder / "filter"), self.gamma)
-        proposed = self._stage("proposed", lambda: self.scored.map(clear.propose, batched=True))
-        judged = self._stage("judged", lambda: proposed.map(clear.prefer, batched=True))
+        judged = self._stage("judged", lambda: self.stages.correct(self.scored, clear))
+        clear.close()
         return judged.map(decide(self.gamma, self.args.eta, failed="drop"), batched=True)
 
     def adapter(self, arm: str) -> str:
@@ -230,7 +243,7 @@ def answers(engine: Engine, task: Task, test: Dataset, file: Path) -> list[str]:
     if not file.exists():
         form = infer(test.features)
         said = engine.generate([form.read(row).prompt for row in test], max_tokens=task.max_tokens)
-        file.write_text(json.dumps([text for [text] in said]))
+        write(file, [text for [text] in said])
         engine.close()
     found: list[str] = json.loads(file.read_text())
     return found
@@ -246,7 +259,7 @@ def figures(task: Task, test: Dataset, said: list[str]) -> dict[str, float]:
 
 
 def wrong(task: Task, rows: Dataset) -> int:
-    """Rows whose target is not right by the task's main figure."""
+    """Rows whose target is not right by the task's main figure; a reply in other words counts among them."""
     form = infer(rows.features)
     return sum(next(iter(task.measure(form.read(row).response, row["references"]).values())) < 1 for row in rows)
 
@@ -269,9 +282,9 @@ def against(task: Task, test: Dataset, result: dict[str, Any], work: Path) -> di
 
 
 def table(result: dict[str, Any]) -> str:
-    """In Markdown: mean over the seeds, and the least and most of them."""
+    """In Markdown: mean over the seeds (least and most of them), and gains with their 95% intervals."""
     seeds, names = list(result["seeds"].values()), list(result["base"])
-    lines = [f"| arm | rows | wrong targets | {' | '.join(names)} | {names[0]}, less original |"]
+    lines = [f"| arm | rows | wrong targets | {' | '.join(names)} | {names[0]}, less original (95% interval) |"]
     lines.append("|" + "---|" * (len(names) + 4))
     base = " | ".join(f"{result['base'][name]:.3f}" for name in names)
     lines.append(f"| base, zero-shot | | | {base} | |")

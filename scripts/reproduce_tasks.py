@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from clear_datasets import noise
+from clear_datasets.files import load
 from clear_datasets.formats import infer_rows
 
 Row = Mapping[str, Any]
@@ -51,13 +52,17 @@ class Task:
         if not files and self.hub:
             (name, *config), split = self.hub
             parts = [load_dataset(name, *config, split=s) for s in ("train", split)]
+        elif len(files) > 2:
+            raise SystemExit(f"expected a file of training rows and one of test rows; found {len(files)} files")
         else:
             parts = [_read(file) for file in files]
         shaped = [self._shaped(part) for part in parts]
         if len(shaped) == 1:
             halves = shaped[0].train_test_split(test_size=test, seed=0)
-            return halves["train"], halves["test"]
-        return shaped[0], shaped[1].shuffle(seed=0).select(range(min(test, len(shaped[1]))))
+            shaped = [halves["train"], halves["test"]]
+        asked = shaped[1].shuffle(seed=0).select(range(test)) if len(shaped[1]) > test else shaped[1]
+        known = {_beginning(row) for row in asked}
+        return shaped[0].filter(lambda row: _beginning(row) not in known), asked
 
     def _shaped(self, rows: Dataset) -> Dataset:
         made = [new for row in rows if (new := self.shape(row)) is not None]
@@ -67,8 +72,12 @@ class Task:
 
 
 def _read(file: str) -> Dataset:
-    kind = file.rpartition(".")[2]
-    return load_dataset({"jsonl": "json"}.get(kind, kind), data_files=file, split="train")
+    return load(file, None, None, None, None)
+
+
+def _beginning(row: Row) -> str:
+    """The passage of a row, or else its prompt: what training and test rows should not share."""
+    return row.get("context") or infer_rows({k: [v] for k, v in row.items()}).read(row).prompt[-1]["content"]
 
 
 def plain(text: str) -> str:
@@ -92,25 +101,28 @@ def text(answer: str, references: list[str]) -> dict[str, float]:
 
 def _f1(said: list[str], right: list[str]) -> float:
     if not said or not right:
-        return float(said == right)
+        return 0.0
     return 2 * sum((Counter(said) & Counter(right)).values()) / (len(said) + len(right))
 
 
 def number(answer: str, references: list[str]) -> dict[str, float]:
-    """Whether the number behind "####", or else the last one, is that of a reference."""
+    """Whether the first number behind "####", or else the last of all, is that of a reference."""
     said = _number(answer)
     return {"accuracy": float(said is not None and any(said == _number(r) for r in references))}
 
 
 def _number(answer: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", answer.rpartition("####")[2])
-    return float(found[-1].replace(",", "")) if found else None
+    before, mark, behind = answer.partition("####")
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", behind if mark else before)
+    return float(found[0 if mark else -1].replace(",", "")) if found else None
 
 
 def letter(answer: str, references: list[str]) -> dict[str, float]:
     """Whether the letter that an answer begins with, or that it says the answer is, is that of a reference."""
-    found = re.match(r"\W*([A-Z])(?=[.,:)\]*\n]|\s*$)", answer) or re.search(r"answer is\W*([A-Z])\b", answer)
-    return {"accuracy": float(found is not None and found[1] in references)}
+    # "A" and a space may begin a sentence; "B" and a space do not.
+    found = re.match(r"\W*(?:([B-H])(?!\w)|(A)(?=[.,:)\]*\n]|\s*$))", answer)
+    found = found or re.search(r"(?:answer|option)(?: is)?\W*([A-H])\b", answer, re.IGNORECASE)
+    return {"accuracy": float(found is not None and next(filter(None, found.groups())) in references)}
 
 
 def record(answer: str, references: list[str]) -> dict[str, float]:
@@ -120,7 +132,7 @@ def record(answer: str, references: list[str]) -> dict[str, float]:
         right = _object(reference) or {}
         first = "topic" if "topic" in right else next(iter(right), "")
         fields = {k: (plain(str((said or {}).get(k, ""))), plain(str(v))) for k, v in right.items()}
-        overlap = [_f1(said_.split(), right_.split()) for said_, right_ in fields.values()]
+        overlap = [_f1(a.split(), b.split()) if a != b else 1.0 for a, b in fields.values()]
         same = said is not None and len(set(fields[first])) == 1 if fields else said == right
         figures.append((sum(overlap) / len(overlap) if overlap else float(said == right), float(same)))
     best = max(figures)
@@ -136,23 +148,30 @@ def _object(answer: str) -> dict[str, Any] | None:
 
 
 def _passage(row: Row) -> dict[str, Any] | None:
-    """Rows of SQuAD and DROP, of the Hub or with an `answer`."""
-    found = (
-        row["answer"] if "answer" in row else (row.get("answers") or {}).get("text") or row["answers_spans"]["spans"]
-    )
+    """Rows of SQuAD and DROP, of the Hub or with an `answer`; None without an answer, or (DROP) with several in one."""
+    spans = (row.get("answers_spans") or {}).get("spans") or []
+    found = row.get("answer") or (row.get("answers") or {}).get("text") or (spans if len(set(spans)) == 1 else [])
+    passage = row.get("context") or row.get("passage")
+    if not found or not passage or not row.get("question"):
+        return None
     references = list(dict.fromkeys([found] if isinstance(found, str) else found))
-    passage = row["context"] if "context" in row else row["passage"]
     return {"context": passage, "question": row["question"], "answer": references[0], "references": references}
 
 
-def _solution(row: Row) -> dict[str, Any]:
+def _solution(row: Row) -> dict[str, Any] | None:
+    if not row.get("question") or not row.get("answer"):
+        return None
     return {"question": row["question"], "answer": row["answer"], "references": [row["answer"]]}
 
 
 def _choice(row: Row) -> dict[str, Any] | None:
-    options = row["options"] if "options" in row else row["choices"]["text"]
+    options, right = (
+        row.get("options") or (row.get("choices") or {}).get("text"),
+        row.get("answer") or row.get("answerKey"),
+    )
+    if not options or not right:
+        return None
     options = json.loads(options) if isinstance(options, str) else options
-    right = row["answer"] if "answer" in row else row["answerKey"]
     if right in "1234567":  # some rows of ARC have numbers in place of letters
         right = string.ascii_uppercase[int(right) - 1]
     lines = [row["question"], *(f"{c}. {o}" for c, o in zip(string.ascii_uppercase, options, strict=False))]

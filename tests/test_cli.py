@@ -80,6 +80,12 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("9 from an earlier run") == 3
     assert lines(out) == wanted
+    audit_as_source = tmp_path / "curated.jsonl.audit.parquet"  # its candidates are not this run's
+    plain = run("curate", audit_as_source, "-o", tmp_path / "plain.jsonl", "--model", tiny, "--samples", "2")
+    assert plain.returncode == 0, plain.stderr
+    assert {r["answer"] for r in lines(tmp_path / "plain.jsonl")} <= {r["answer"] for r in ROWS}
+    over = run("curate", audit_as_source, "-o", out, *settings)
+    assert (over.returncode, "OUT is SRC" in over.stderr) == (2, True)
     given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
     assert given.returncode == 0, given.stderr
     assert lines(tmp_path / "two.jsonl") == wanted
@@ -109,10 +115,10 @@ def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_pa
     assert again.returncode == 0, again.stderr
     assert f"{len(done)} from an earlier run" in again.stderr
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    (tmp_path / "fresh").mkdir()
-    fresh = run(*arguments[:3], tmp_path / "fresh" / "scored.jsonl", *arguments[4:])
+    (tmp_path / "fresh[1]").mkdir()
+    fresh = run(*arguments[:3], tmp_path / "fresh[1]" / "scored.jsonl", *arguments[4:])
     assert fresh.returncode == 0, fresh.stderr
-    assert lines(out) == lines(tmp_path / "fresh" / "scored.jsonl")
+    assert lines(out) == lines(tmp_path / "fresh[1]" / "scored.jsonl")
     curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *arguments[4:])  # has the same scores
     assert "9 from an earlier run" in curated.stderr
     other = run(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken

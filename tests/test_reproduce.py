@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -32,11 +34,15 @@ def tasks():
         ("squad", "", ["Denver"], {"exact match": 0, "F1": 0}),
         ("drop", "4", ["14"], {"exact match": 0, "F1": 0}),
         ("gsm8k", "2 + 2 = 4, so\n#### 1,004.0", ["She has 1004\n#### 1004"], {"accuracy": 1}),
+        ("gsm8k", "#### 7 (3 + 4)", ["#### 7"], {"accuracy": 1}),
         ("gsm8k", "It is -3.", ["#### 3"], {"accuracy": 0}),
         ("gsm8k", "I do not know", ["#### 3"], {"accuracy": 0}),
         ("arc", "B. Leaves", ["B"], {"accuracy": 1}),
         ("arc", "**C**", ["C"], {"accuracy": 1}),
         ("arc", "The answer is D.", ["D"], {"accuracy": 1}),
+        ("arc", "B Leaves", ["B"], {"accuracy": 1}),
+        ("arc", "Answer: C", ["C"], {"accuracy": 1}),
+        ("arc", "Bees need it", ["B"], {"accuracy": 0}),
         ("arc", "A plant needs light", ["A"], {"accuracy": 0}),
         ("emails", '{"topic": "Rent", "reply": "I pay now"}', ['{"topic": "rent", "reply": "I pay later"}'],
          {"F1": pytest.approx((1 + 2 / 3) / 2), "first field": 1, "valid JSON": 1}),
@@ -63,6 +69,35 @@ def test_rows_of_the_hub_and_of_files(tasks, task, row, shaped):
     assert (found["answer"], found["references"]) == shaped
 
 
+def test_rows_without_an_answer_and_with_several_in_one_are_left_out(tasks):
+    shape = tasks.TASKS["drop"].shape
+    assert shape({"passage": "c", "question": "q", "answers_spans": {"spans": ["x", "y"]}}) is None
+    assert shape({"context": "c", "question": "q", "answers": {"text": []}}) is None
+    assert tasks.TASKS["arc"].shape({"question": "q"}) is None
+
+
+def test_no_passage_is_in_training_and_test_rows(tasks, tmp_path):
+    rows = [{"context": f"c{i // 3}", "question": f"q{i}", "answer": "x"} for i in range(60)]
+    Dataset.from_list(rows).to_json(str(tmp_path / "rows.jsonl"))
+    train, test = tasks.TASKS["squad"].rows([str(tmp_path / "rows.jsonl")], 10)
+    assert len(test) == 10
+    assert train
+    assert not set(train["context"]) & set(test["context"])
+
+
+def test_random_rows_of_the_same_lengths():
+    sys.path.insert(0, str(SCRIPTS))
+    from reproduce import same_lengths
+
+    draw = random.Random(0)
+    of = [draw.randrange(1, 200) for _ in range(400)]
+    wanted = sorted(of)[:100] + sorted(of)[-20:]  # many short ones and a few long ones
+    chosen = same_lengths(of, wanted, random.Random(1))
+    assert len(set(chosen)) == len(wanted)
+    assert abs(np.mean([of[i] for i in chosen]) - np.mean(wanted)) < 5
+    assert chosen != same_lengths(of, wanted, random.Random(2))
+
+
 def reproduce(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / "reproduce.py"), *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
@@ -82,6 +117,8 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     assert first.returncode == 0, first.stderr
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("result.work/1/*.parquet")}
     assert {p.name for p in done} == {"noisy.parquet", "scored.parquet"}
+    gains = json.loads(out.read_text())["against original"]
+    assert gains == {}
     whole = reproduce(*arguments, "--arms", "original,random,filter,correct")
     assert whole.returncode == 0, whole.stderr
     assert "fine-tuning filter" not in whole.stdout
@@ -97,6 +134,10 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     assert set(result["base"]) == {"F1", "first field", "valid JSON"}
     assert len(result["runs"]) == 2
     assert "| correct |" in whole.stdout
+    gain, low, high = result["against original"]["filter"]["F1"]
+    assert low <= gain <= high
+    assert gain == pytest.approx(arms["filter"]["F1"] - arms["original"]["F1"], abs=0.001)
+    out.unlink()  # the scored rows of these settings are still there
     other = reproduce(*arguments, "--noise", "0.4")
     assert other.returncode == 1
     assert "was made with other noise" in other.stderr
