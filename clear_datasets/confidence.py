@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from clear_datasets import prompts
-from clear_datasets.engines import Answers, Asks, Engine, PromptError
+from clear_datasets.asking import ask
+from clear_datasets.engines import Answers, Asks, Engine
 from clear_datasets.formats import Example
 from clear_datasets.prompts import Form
 from clear_datasets.similarity import NLI, Jaccard, Similarity, words
@@ -244,39 +243,3 @@ def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32])
     """How much likelier the whole prompt makes the response than any part does, as a probability; 0.5: no likelier."""
     gain = float(whole.sum() - max(part.sum() for part in parts))
     return 0.5 + 0.5 * math.tanh(gain / _SCALE / 2)  # the logistic function, without overflow
-
-
-def ask(engine: Engine, errors: list[str], asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
-    """Ask about all rows without an error, in one batch; the answers by row. What is refused gets its reason."""
-    while left := [i for i, error in enumerate(errors) if not error]:
-        each = [asks_of(i) for i in left]
-        try:
-            return dict(zip(left, _split(engine.answer(_join(each)), each), strict=True))
-        except PromptError as error:
-            owners = [i for part in _PARTS for i, asks in zip(left, each, strict=True) for _ in getattr(asks, part)]
-            for position, reason in error.reasons.items():
-                errors[owners[position]] = reason
-    return {}
-
-
-_PARTS = ("generate", "choose", "read")
-
-
-def _join(each: Sequence[Asks]) -> Asks:
-    """One question to the engine out of those of the rows, which are alike in all but their prompts."""
-    joined: dict[str, Any] = {part: [p for asks in each for p in getattr(asks, part)] for part in _PARTS}
-    return replace(each[0], max_tokens=[limit for asks in each for limit in asks.limits], **joined)
-
-
-def _split(answers: Answers, each: Sequence[Asks]) -> list[Answers]:
-    """The answers of each row, out of those to all of them."""
-    ends = {part: list(accumulate((len(getattr(asks, part)) for asks in each), initial=0)) for part in _PARTS}
-    return [
-        Answers(
-            answers.generated[ends["generate"][i] : ends["generate"][i + 1]],
-            answers.chosen[ends["choose"][i] : ends["choose"][i + 1]],
-            answers.read[ends["read"][i] : ends["read"][i + 1]],
-            answers.cut[ends["generate"][i] : ends["generate"][i + 1]],
-        )
-        for i in range(len(each))
-    ]

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets import prompts
-from clear_datasets.confidence import BSDetector, ask
+from clear_datasets.asking import ask
+from clear_datasets.confidence import BSDetector
 from clear_datasets.engines import Asks, Engine, Messages
 from clear_datasets.formats import Example
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
-from clear_datasets.confidence import BSDetector, ask
+from clear_datasets.confidence import BSDetector
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows

@@ -141,7 +141,7 @@ def test_what_has_no_weight_is_not_asked_for(settings, asked):
 
 def test_the_papers_form_asks_in_three_batches():
     COUNTED.clear()
-    BSDetector(samples="reasoned", reflection="reasoned")([RHINE, RHINE], Counting())
+    BSDetector(samples="reasoned", reflection="reasoned")([RHINE, example("Who?", "Ada")], Counting())
     assert COUNTED == [(2, 0, 0), (4, 0, 0), (0, 4, 0)]  # samples; two explanations a row; two verdicts a row
 
 

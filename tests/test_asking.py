@@ -1,0 +1,49 @@
+"""Questions about many rows as one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from clear_datasets import BSDetector, Example
+from clear_datasets.asking import ask
+from clear_datasets.engines import Answers, Asks
+from tests.conftest import Scripted
+
+
+@dataclass(frozen=True)
+class Counting(Scripted):
+    """Notes what it is asked to write."""
+
+    asked: list[str] = field(default_factory=list, compare=False)
+
+    def answer(self, asks: Asks) -> Answers:
+        self.asked.extend(p[-1]["content"] for p in asks.generate)
+        return super().answer(asks)
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_samples_of_a_prompt_serve_every_response_to_it():
+    texts, responses = ["Where?", "Who?", "Where?"], ["Rome", "Ada", "Oslo"]
+    examples = [Example(say(t), r) for t, r in zip(texts, responses, strict=True)]
+    engine, estimator = Counting(answers=(("Where?", "Oslo"), ("Who?", "Ada"))), BSDetector(alpha=1)
+    found = estimator(examples, engine)
+    assert len(engine.asked) == 2
+    alone = [estimator([example], engine).confidence[0] for example in examples]
+    assert found.confidence.tolist() == alone
+    assert alone[0] < alone[2]
+
+
+def test_a_refused_prompt_is_refused_for_every_row_of_it():
+    texts, errors = ["long" * 10, "Where?", "long" * 10, "Who?"], [""] * 4
+    engine = Counting(answers=(("Where?", "Rome"), ("Who?", "Ada")), limit=20)
+
+    def about(i: int) -> Asks:
+        return Asks([say(texts[i])], choose=[say(texts[i] + "!" * (18 * (i == 3)))], labels=("Yes", "No"))
+
+    found = ask(engine, errors, about)
+    assert [bool(error) for error in errors] == [True, False, True, True]
+    assert {i: answers.generated for i, answers in found.items()} == {1: [["Rome"]]}
+    assert found[1].chosen.shape == (1, 2)
