@@ -165,7 +165,7 @@ class Seed:
             return self.kept
         if arm == "correct":
             return curated(self.decided())
-        draw = random.Random(self.seed)
+        draw = random.Random(f"{arm} {self.seed}")  # the noise was drawn with the number alone
         if arm == "random":
             return self.noisy.select(sorted(draw.sample(range(len(self.noisy)), len(self.kept))))
         return self.noisy.select(same_lengths(lengths(self.noisy), lengths(self.kept), draw))
