@@ -85,6 +85,7 @@ def finetune(
         "max_length": None,
         "save_steps": 0.1,
         "save_total_limit": 2,
+        "dataloader_pin_memory": on_cuda,
         "gradient_checkpointing": not on_cpu,  # saves memory, of which a CPU has plenty, for a third more time
         "logging_steps": 10,
         "report_to": "none",
