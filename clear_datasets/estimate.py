@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +114,8 @@ def _tuning(kept: Dataset, clear: Clear, scale: float, writer: str, rounds: int)
     seconds = []
     for steps, out in ((1, writer + "1"), (1 + _STEPS, writer)):
         started = time.monotonic()
-        finetune(whole, clear.model, out, max_steps=steps, **model)
+        with redirect_stdout(sys.stderr):  # where the trainer's figures belong
+            finetune(whole, clear.model, out, max_steps=steps, **model)
         seconds.append(time.monotonic() - started)
     step = (seconds[1] - seconds[0]) / _STEPS
     chats, form = _chats(clear), clear.format or infer(kept.features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,6 +135,7 @@ def clear_errors(code: int = 1) -> Iterator[None]:
     from clear_datasets.engines import EngineError
 
     disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for trl's authors
     try:
         yield
     except (ValueError, OSError, TypeError, ImportError, DatasetsError, EngineError) as error:
