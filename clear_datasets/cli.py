@@ -218,6 +218,7 @@ def estimate(
     """Say what `curate` will take: tokens, time and money, from a run on a few random rows of SRC."""
     from clear_datasets import BSDetector, Clear
     from clear_datasets.estimate import estimate
+    from clear_datasets.stages import usual_batch_size
 
     with clear_errors(2):
         if not correct and (writer or rounds > 1):
@@ -230,21 +231,15 @@ def estimate(
         )
         clear = clear.with_writer(writer) if writer else clear
         console.print(f"running {min(probe, len(rows)):,} of {len(rows):,} rows")
-        size = _batch_size(batch_size)
+        size = batch_size or usual_batch_size()
         costs = estimate(rows, clear, correct=correct, keep=keep, probe=probe, batch_size=size, rounds=rounds)
         cost_table(costs, len(rows), price_per_hour)
 
 
-def _batch_size(given: int | None) -> int:
-    import torch
-
-    return given or (1000 if torch.cuda.device_count() else 64)
-
-
 def _stages(out: Path, batch_size: int | None) -> Stages:
-    from clear_datasets.stages import Stages
+    from clear_datasets.stages import Stages, usual_batch_size
 
-    return Stages(out.parent / "clear_stages", _batch_size(batch_size))
+    return Stages(out.parent / "clear_stages", batch_size or usual_batch_size())
 
 
 def _judge(name: _Judge, k: int) -> Preference:

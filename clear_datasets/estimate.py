@@ -71,10 +71,14 @@ def estimate(
     Raises:
         ValueError: None of the probe's rows can be scored.
     """
+    from transformers import AutoTokenizer
+
     from clear_datasets import above, threshold
 
     sample = rows.with_format(None).shuffle(seed=0).select(range(min(probe, len(rows))))
-    engine = Metered(clear.engine or default_engine(clear.model, clear.revision), _chats(clear))
+    tokenizer = AutoTokenizer.from_pretrained(source_of(clear.model), revision=clear.revision)
+    chats = Chats.of(tokenizer, sys.maxsize, None)
+    engine = Metered(clear.engine or default_engine(clear.model, clear.revision), chats)
     base, scale = replace(clear, engine=engine, writer=None), len(rows) / len(sample)
 
     def stage(name: str, step: Callable[..., Any], of: Dataset, used: Engine, times: int = 1) -> tuple[Dataset, Cost]:
@@ -82,29 +86,32 @@ def estimate(
         used.generate([[{"role": "user", "content": "Hello"}]], max_tokens=1)
         loading, before = time.monotonic() - started, tuple(engine.tokens)
         started = time.monotonic()
-        done = of.map(step, batched=True, batch_size=batch_size, keep_in_memory=True, new_fingerprint=name)
+        done = of.map(
+            step, batched=True, batch_size=batch_size, keep_in_memory=True, load_from_cache_file=False,
+            new_fingerprint=name,
+        )  # fmt: skip
         seconds = loading + scale * (time.monotonic() - started)
         read, written = (round(times * scale * (now - b)) for now, b in zip(engine.tokens, before, strict=True))
         return done, Cost(name, read, written, times * seconds)
 
     scored, cost = stage("score", base.score, sample, engine)
-    if not correct:
-        return [cost]
     costs = [cost]
+    if not correct:
+        return costs
     with tempfile.TemporaryDirectory() as folder:
         gamma, writer = threshold(scored, keep), clear.writer
         if writer is None:
             writer = str(Path(folder) / "writer")
             engine.close()
             kept = scored.filter(above(gamma, failed="drop")).select_columns(rows.column_names)
-            costs.append(_tuning(kept, clear, scale, writer, rounds))
+            costs.append(_tuning(kept, clear, chats, scale, writer, rounds))
         proposing = base.with_writer(writer, gamma)
         proposed, cost = stage("propose", proposing.propose, scored, engine.with_writer(writer), rounds)
         _, judging = stage("prefer", base.prefer, proposed, engine, rounds)
         return [*costs, cost, judging]
 
 
-def _tuning(kept: Dataset, clear: Clear, scale: float, writer: str, rounds: int) -> Cost:
+def _tuning(kept: Dataset, clear: Clear, chats: Chats, scale: float, writer: str, rounds: int) -> Cost:
     """The cost of fine-tuning on all kept rows, by that of a few steps."""
     from clear_datasets.finetune import BATCH, EPOCHS, finetune
     from clear_datasets.formats import infer
@@ -118,18 +125,12 @@ def _tuning(kept: Dataset, clear: Clear, scale: float, writer: str, rounds: int)
             finetune(whole, clear.model, out, max_steps=steps, **model)
         seconds.append(time.monotonic() - started)
     step = (seconds[1] - seconds[0]) / _STEPS
-    chats, form = _chats(clear), clear.format or infer(kept.features)
+    form = clear.format or infer(kept.features)
     examples = [form.read(row) for row in kept]
     tokens = sum(map(len, chats.encode([e.prompt for e in examples], [0] * len(examples))))
     tokens += sum(len(chats.response(e.response)) for e in examples)
     every = EPOCHS * math.ceil(len(kept) * scale / BATCH)
     return Cost("fine-tune", round(rounds * EPOCHS * scale * tokens), 0, rounds * (seconds[0] + (every - 1) * step))
-
-
-def _chats(clear: Clear) -> Chats:
-    from transformers import AutoTokenizer
-
-    return Chats.of(AutoTokenizer.from_pretrained(source_of(clear.model), revision=clear.revision), sys.maxsize, None)
 
 
 class Metered(Queued):

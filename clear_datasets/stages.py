@@ -73,6 +73,13 @@ class Stages:
         return self.run(proposed, clear.prefer, "prefer", "judging candidates")
 
 
+def usual_batch_size() -> int:
+    """Rows that keep the engine of this machine busy, and are not many to ask again."""
+    import torch
+
+    return 1000 if torch.cuda.device_count() else 64
+
+
 def train_writer(decided: Dataset, clear: Clear) -> None:
     """Fine-tune the model on the rows that are decided for, into the place of the writer."""
     from clear_datasets import curated

@@ -28,9 +28,10 @@ from datasets import Dataset
 from get_model import MODELS, fetch
 
 from clear_datasets import LLM, BSDetector, Clear, Embedding, Jaccard, infer, noise
-from clear_datasets.engines import Answers, Asks, Engine, Messages
+from clear_datasets.engines import Answers, Asks, Engine, Queued
 from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.transformers import Transformers
+from clear_datasets.estimate import Metered
 from clear_datasets.noise import auroc
 from clear_datasets.steps import SCORES_REVISION
 
@@ -46,27 +47,11 @@ TASKS = {
 }
 
 
-class Recorder(Engine):
-    """An engine that remembers its answers and counts tokens."""
+class Recorder(Queued):
+    """An engine that remembers its answers and counts the tokens of those that it has to ask for."""
 
     def __init__(self, engine: Transformers) -> None:
-        self.engine, self.known, self.tokens = engine, {}, {"prompt": 0, "generated": 0}
-
-    def generate(
-        self,
-        prompts: Sequence[Messages],
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-        max_tokens: int | Sequence[int] = 512,
-    ) -> list[list[str]]:
-        return self.answer(Asks(prompts, n, temperature, max_tokens)).generated
-
-    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
-        return self.answer(Asks(choose=prompts, labels=labels)).chosen
-
-    def logprobs(self, prompts: Sequence[Messages], responses: Sequence[str]) -> list[np.ndarray]:
-        return self.answer(Asks(read=list(zip(prompts, responses, strict=True)))).read
+        self.engine, self.known = Metered(engine, load(engine).chats), {}
 
     def answer(self, asks: Asks) -> Answers:
         limits = asks.limits
@@ -81,17 +66,9 @@ class Recorder(Engine):
         answers = self.engine.answer(rest)
         for kind, found in (("generate", answers.generated), ("choose", answers.chosen), ("read", answers.read)):
             self.known.update(zip([keys[kind][i] for i in new[kind]], found, strict=True))
-        self._count(rest, answers)
         every = {kind: [self.known[key] for key in of] for kind, of in keys.items()}
         chosen = np.array(every["choose"], dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
         return Answers(every["generate"], chosen, every["read"])
-
-    def _count(self, asks: Asks, answers: Answers) -> None:
-        chats = load(self.engine).chats
-        prompts = [*asks.generate, *asks.choose, *(p for p, _ in asks.read)]
-        self.tokens["prompt"] += sum(map(len, chats.encode(prompts, [0] * len(prompts))))
-        self.tokens["prompt"] += sum(len(chats.response(r)) for _, r in asks.read)
-        self.tokens["generated"] += sum(len(chats.response(t)) for texts in answers.generated for t in texts)
 
 
 def token_logprob(rows: Dataset, engine: Engine) -> list[float]:
@@ -209,10 +186,11 @@ def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterato
         scores["mean token log-probability of the target"] = measure(token_logprob(rows, recorder.engine), good)
         yield known
     for name, estimator in estimators(args).items():
-        before, started = dict(recorder.tokens), time.perf_counter()
+        before, started = list(recorder.engine.tokens), time.perf_counter()
         scored = Clear(engine=recorder, confidence=estimator).score(rows[:])
         seconds = time.perf_counter() - started
-        asked = {f"{k}_tokens_per_row": round((v - before[k]) / len(rows), 1) for k, v in recorder.tokens.items()}
+        counts = zip(("prompt", "generated"), recorder.engine.tokens, before, strict=True)
+        asked = {f"{kind}_tokens_per_row": round((now - then) / len(rows), 1) for kind, now, then in counts}
         if task == args.task[0] and name in ("default", f"reasoned, {args.similarities[0]}"):
             cost[name] = {"rows_per_second": round(len(rows) / seconds, 3), **asked}
         for part in ("confidence", "consistency", "reflection"):

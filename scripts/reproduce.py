@@ -37,7 +37,7 @@ from reproduce_tasks import NOISES, TASKS, Task, any_file
 from clear_datasets import BSDetector, ByConfidence, Clear, Pairwise, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
 from clear_datasets.finetune import finetune
-from clear_datasets.stages import Stages
+from clear_datasets.stages import Stages, usual_batch_size
 from clear_datasets.steps import SCORES_REVISION
 
 ARMS = ("original", "random", "random_length", "filter", "correct")
@@ -140,7 +140,7 @@ class Seed:
         folder.mkdir(exist_ok=True)
         self.clear = Clear(model, preference=PREFERENCES[args.preference])
         self.noisy = self._stage("noisy", lambda: self._noisy(pool))
-        self.stages = Stages(folder / "stages", 1000 if torch.cuda.device_count() else 64)
+        self.stages = Stages(folder / "stages", usual_batch_size())
         self.scored = self._stage("scored", lambda: self.stages.score(self.noisy, self.clear))
         self.gamma = threshold(self.scored)
         self.kept = self.scored.filter(above(self.gamma, failed="drop"))
