@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     D = TypeVar("D", Dataset, DatasetDict)
 
 _OURS = tuple(
-    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "error", "candidate", "preference",
-                                 "position_bias", "decision", "original")
+    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "error", "candidate", "agreed",
+                                 "preference", "position_bias", "decision", "original")
 )  # fmt: skip
 
 

@@ -143,6 +143,9 @@ def curate(
     ] = False,
     preference: _Preference = _Judge.pairwise,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Preference above which a candidate replaces.")] = 0.8,
+    keep_agreed: Annotated[
+        bool, typer.Option("--keep-agreed", help="Keep less confident rows whose target the writer repeats.")
+    ] = False,
     rounds: _Rounds = 1,
 ) -> None:
     """Keep the rows of SRC whose confidence is above a threshold.
@@ -159,8 +162,8 @@ def curate(
         audit = out.with_name(out.name + ".audit.parquet")
         check_out(out, src)
         check_out(audit, src)
-        if not correct and (writer or finetune or rounds > 1):
-            raise ValueError("--writer, --finetune and --rounds go with --correct")
+        if not correct and (writer or finetune or keep_agreed or rounds > 1):
+            raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")
         if writer and (finetune or rounds > 1):
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
     with clear_errors():
@@ -171,19 +174,20 @@ def curate(
         )
         stages = _stages(out, batch_size)
         scored = stages.score(rows, clear)
-        older = {"clear_candidate", "clear_preference", "clear_position_bias", "clear_decision"}  # of an audit as SRC
-        scored = scored.remove_columns(sorted(older & set(scored.column_names)))
+        older = ("candidate", "agreed", "preference", "position_bias", "decision")  # of an audit as SRC
+        scored = scored.remove_columns([c for c in scored.column_names if c in {f"clear_{name}" for name in older}])
         if all(scored["clear_error"][:]):
             write(scored, audit)
             summary(scored, audit, clear, None)
         cut = threshold(scored, keep) if gamma is None else gamma
-        decided = scored.map(decide(cut, eta, failed=failed.value), batched=True)
+        decision = decide(cut, eta, agreed="keep" if keep_agreed else "drop", failed=failed.value)
+        decided = scored.map(decision, batched=True)
         for number in range(rounds if correct else 0):
             folder = out.with_name(f"{out.name}.writer" + (f"{number + 1}" if rounds > 1 else ""))
             correcting = clear.with_writer(writer or folder, cut)
             if writer is None:
                 train_writer(decided, correcting)
-            decided = stages.correct(scored, correcting).map(decide(cut, eta, failed=failed.value), batched=True)
+            decided = stages.correct(scored, correcting).map(decision, batched=True)
             if number + 1 < rounds:
                 correcting.close()  # fine-tuning needs the memory
         write(decided, audit)

@@ -115,6 +115,7 @@ def decide(
     eta: float = 0.8,
     *,
     correct: Literal["low", "all"] = "low",
+    agreed: Literal["drop", "keep"] = "drop",
     failed: Failed = "keep",
     column: str = "clear_confidence",
 ) -> Callable[..., dict[str, list[str]]]:
@@ -128,6 +129,8 @@ def decide(
         gamma: The threshold of confidence; see `threshold`.
         eta: The threshold of preference, 0.8 in the paper.
         correct: "low" replaces at or below gamma alone; "all" wherever the candidate is preferred.
+        agreed: What becomes of rows at or below gamma whose target the writer repeats (``clear_agreed``): "drop", as in
+            the paper, or "keep". It tells something only of rows that the writer was not trained on.
         failed: What becomes of rows without a score: "keep", "drop" or "raise".
         column: Column of the confidence.
 
@@ -148,9 +151,11 @@ def decide(
     """
     if correct not in ("low", "all"):
         raise ValueError(f"correct is {correct!r}; expected 'low' or 'all'")
+    if agreed not in ("drop", "keep"):
+        raise ValueError(f"agreed is {agreed!r}; expected 'drop' or 'keep'")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}, a threshold of probabilities; expected a number from 0 to 1")
-    return _Decide(above(gamma, failed, column), eta, correct)
+    return _Decide(above(gamma, failed, column), eta, correct, agreed)
 
 
 @dataclass(frozen=True)
@@ -158,16 +163,21 @@ class _Decide:
     keeps: above
     eta: float
     correct: str
+    agreed: str
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
         kept = self.keeps(batch)
         if isinstance(kept, bool):
             raise TypeError("decide() works on batches: ds.map(decide(gamma), batched=True)")
         decisions = ["keep" if k else "drop" for k in kept]
+        scores = batch[self.keeps.column]
+        if self.agreed == "keep" and "clear_agreed" in batch:
+            for i, same in enumerate(batch["clear_agreed"]):
+                decisions[i] = "keep" if same and _known(scores[i]) else decisions[i]
         if "clear_candidate" in batch:
             if "clear_preference" not in batch:
                 raise ValueError("candidates have no preference: run ds = ds.map(clear.prefer, batched=True) first")
-            scores, preferences = batch[self.keeps.column], batch["clear_preference"]
+            preferences = batch["clear_preference"]
             for i, candidate in enumerate(batch["clear_candidate"]):
                 confident = candidate and _known(scores[i]) and _known(preferences[i]) and preferences[i] > self.eta
                 if confident and (decisions[i] == "drop" or self.correct == "all"):

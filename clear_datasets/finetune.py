@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 LORA: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 EPOCHS, BATCH = 3, 8  # by default
 _RUN = "clear_finetune.json"  # what the run in a folder was started with, and whether it is done
+_SAME_WEIGHTS = {  # options that may change from start to start
+    "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "gradient_checkpointing", "logging_steps",
+    "report_to", "save_steps", "save_total_limit",
+}  # fmt: skip
 
 
 def finetune(
@@ -93,8 +97,9 @@ def finetune(
         **options,
         "model_init_kwargs": {**loading, **(options.get("model_init_kwargs") or {})},
     }
+    telling = sorted((name, value) for name, value in settings.items() if name not in _SAME_WEIGHTS)
     run: dict[str, Any] = {"rows": _digest(rows), "model": model, "revision": revision, "stamp": stamp(model)}
-    run |= {"lora": repr(sorted(lora.items())) if lora is not None else None, "options": repr(sorted(settings.items()))}
+    run |= {"lora": repr(sorted(lora.items())) if lora is not None else None, "options": repr(telling)}
     if _done(folder, run):
         return str(folder)
     trainer = SFTTrainer(

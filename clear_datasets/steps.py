@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SCORES_REVISION = 3  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
-_CANDIDATES_REVISION = 2  # the same of candidates
+_CANDIDATES_REVISION = 3  # the same of candidates
 _CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
 
@@ -130,8 +130,9 @@ class Clear:
 
         Returns:
             ``clear_candidate``, "" where there is none: the row is above gamma or has no score, or the candidate is
-            empty or the target itself; and ``clear_error``, which says why none could be written, or that it was cut
-            off at the limit of its length (256 tokens, or 64 more than half the bytes of the target).
+            empty or the target itself; ``clear_agreed``, whether it is the target; and ``clear_error``, which says why
+            none could be written, or that it was cut off at the limit of its length (256 tokens, or 64 more than half
+            the bytes of the target).
 
         Raises:
             ValueError: There is no writer (`with_writer`), or the rows have no confidence that gamma is compared with.
@@ -145,6 +146,7 @@ class Clear:
         examples, errors = self._read(columns)
         wanted = [i for i, example in enumerate(examples) if example is not None and self._low(columns, i)]
         candidates, reasons = [""] * len(errors), [""] * len(wanted)
+        agreed = np.zeros(len(errors), dtype=bool)
 
         def question(j: int) -> Asks:
             example = examples[wanted[j]]
@@ -157,9 +159,12 @@ class Clear:
                 example, [[text]] = examples[wanted[j]], answers.generated
                 if answers.cut and answers.cut[0][0]:
                     reasons[j] = f"the answer is cut off at {question(j).limits[0]} tokens"
-                elif example is not None and text != example.response.strip():
+                elif example is not None and text == example.response.strip():
+                    agreed[wanted[j]] = True
+                else:
                     candidates[wanted[j]] = text
-        return self._added(batch, columns, {"clear_candidate": candidates}, "no candidate", wanted, reasons)
+        added = {"clear_candidate": candidates, "clear_agreed": agreed}
+        return self._added(batch, columns, added, "no candidate", wanted, reasons)
 
     def prefer(self, batch: Any, rank: int | None = None) -> Any:
         """A step for ``ds.map(clear.prefer, batched=True)``: how sure the base model is that a candidate is better.

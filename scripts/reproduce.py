@@ -3,12 +3,7 @@
     python scripts/reproduce.py --task squad --model Qwen/Qwen2.5-1.5B-Instruct --seeds 3 --out squad.json
 
 Puts known noise into training rows, fine-tunes the same base model with the same number of steps on each arm, and asks
-each of them, at temperature 0, clean test rows:
-
-    original    all rows
-    random      as many random rows as the filter keeps; random_length: drawn to have the lengths of the kept targets
-    filter      the rows above the median confidence (Auto-Filter)
-    correct     the same, and rows whose targets are replaced (Auto-Correct; the model of `filter` writes candidates)
+each of them, at temperature 0, clean test rows.
 
 Prints a table and writes the figures to OUT; scored rows, adapters and answers are kept in OUT.work. A run that was
 broken off goes on behind the last batch or checkpoint when it is started again with the same settings.
@@ -25,13 +20,14 @@ import sys
 from collections.abc import Callable
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
 from datasets import Dataset
 from get_model import MODELS, fetch
+from reproduce_report import ARMS, differences, figures, tables
 from reproduce_tasks import NOISES, TASKS, Task, any_file
 
 from clear_datasets import BSDetector, ByConfidence, Clear, Pairwise, above, curated, decide, infer, noise, threshold
@@ -40,7 +36,6 @@ from clear_datasets.finetune import finetune
 from clear_datasets.stages import Stages, usual_batch_size
 from clear_datasets.steps import SCORES_REVISION
 
-ARMS = ("original", "random", "random_length", "filter", "correct")
 PREFERENCES = {
     "pairwise": Pairwise(),
     "reasoned": Pairwise(BSDetector(samples="reasoned", reflection="reasoned")),
@@ -60,7 +55,7 @@ def main() -> None:
     for seed in range(1, args.seeds + 1):
         arms = Seed(args, task, model, pool, seed, work / str(seed))
         found = result["seeds"].setdefault(str(seed), {"arms": {}})
-        if "correct" in args.arms:
+        if {"correct", "agreed"} & set(args.arms):
             found["curation"] = arms.curation()
         for arm in args.arms:
             arms.tune(arm)
@@ -74,13 +69,15 @@ def main() -> None:
             found["arms"][arm] = {"rows": len(rows), "wrong": wrong(task, rows), **figures(task, test, said)}
             print(f"seed {seed}, {arm}: {json.dumps(found['arms'][arm])}", flush=True)
         engine.close()
-        result["against original"] = against(task, test, result, work)
+        result["less"] = differences(task, test, list(result["seeds"]), work)
         write(args.out, result)
-    print(table(result))
+    print(tables(result))
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arms = "arms:\n" + "\n".join(f"  {name:<15}{what}" for name, what in ARMS.items())
+    whole = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=arms, formatter_class=whole)
     parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or a file of rows")
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="training rows, and test rows, in place of the Hub's")
@@ -163,25 +160,28 @@ class Seed:
             return self.noisy
         if arm == "filter":
             return self.kept
-        if arm == "correct":
-            return curated(self.decided())
+        if arm in ("correct", "agreed"):
+            return curated(self.decided("keep" if arm == "agreed" else "drop"))
         draw = random.Random(f"{arm} {self.seed}")  # the noise was drawn with the number alone
         if arm == "random":
             return self.noisy.select(sorted(draw.sample(range(len(self.noisy)), len(self.kept))))
         return self.noisy.select(same_lengths(lengths(self.noisy), lengths(self.kept), draw))
 
-    def decided(self) -> Dataset:
+    def decided(self, agreed: Literal["keep", "drop"]) -> Dataset:
         """The scored rows with candidates, preferences and decisions; the arm `filter` is trained for it."""
         if not (self.folder / "judged.parquet").exists():
             self.tune("filter")
         clear = self.clear.with_writer(str(self.folder / "filter"), self.gamma)
         judged = self._stage("judged", lambda: self.stages.correct(self.scored, clear))
         clear.close()
-        return judged.map(decide(self.gamma, self.args.eta, failed="drop"), batched=True)
+        return judged.map(decide(self.gamma, self.args.eta, agreed=agreed, failed="drop"), batched=True)
 
     def adapter(self, arm: str) -> str:
-        """Where the weights of an arm are: without a replaced row, `correct` is `filter`."""
-        return "filter" if arm == "correct" and len(self.rows(arm)) == len(self.kept) else arm
+        """Where the weights of an arm are: without a row more, `agreed` is `correct`, and that is `filter`."""
+        for more, less in (("agreed", "correct"), ("correct", "filter")):
+            if arm == more and len(self.rows(more)) == len(self.rows(less)):
+                arm = less
+        return arm
 
     def tune(self, arm: str) -> None:
         name = self.adapter(arm)
@@ -196,12 +196,13 @@ class Seed:
 
     def curation(self) -> dict[str, Any]:
         """What was dropped and replaced, against the truth that the noise makers kept."""
-        decided = self.decided()
+        decided = self.decided("drop")
         form = infer(self.noisy.features)
         noisy = np.array([bool(n) for n in decided["noise"]])
         decisions = np.array(decided["clear_decision"][:])
         targets, candidates = [form.read(r).response for r in decided], decided["clear_candidate"][:]
         judged = np.array([bool(c) for c in candidates])
+        agreed = np.array(decided["clear_agreed"][:])
         replaced = decisions == "replace"
         preference = np.array(decided["clear_preference"][:], dtype=float)
         longer = np.array([len(c) > len(t) for c, t in zip(candidates, targets, strict=True)])
@@ -216,6 +217,8 @@ class Seed:
             "decisions": counts,
             "wrong targets": {d: int((noisy & (decisions == d)).sum()) for d in counts},
             "candidates": int(judged.sum()),
+            "agreed": int(agreed.sum()),
+            "targets of agreed rows": right(targets, agreed),
             "preferred": int((preference > 0.5).sum()),
             "longer among candidates": round(float(longer[judged].mean()), 3) if judged.any() else None,
             "longer among replaced": round(float(longer[replaced].mean()), 3) if replaced.any() else None,
@@ -249,55 +252,10 @@ def answers(engine: Engine, task: Task, test: Dataset, file: Path) -> list[str]:
     return found
 
 
-def each(task: Task, test: Dataset, said: list[str]) -> dict[str, np.ndarray]:
-    measured = [task.measure(s, r) for s, r in zip(said, test["references"], strict=True)]
-    return {name: np.array([m[name] for m in measured]) for name in measured[0]}
-
-
-def figures(task: Task, test: Dataset, said: list[str]) -> dict[str, float]:
-    return {name: round(float(values.mean()), 4) for name, values in each(task, test, said).items()}
-
-
 def wrong(task: Task, rows: Dataset) -> int:
     """Rows whose target is not right by the task's main figure; a reply in other words counts among them."""
     form = infer(rows.features)
     return sum(next(iter(task.measure(form.read(row).response, row["references"]).values())) < 1 for row in rows)
-
-
-def against(task: Task, test: Dataset, result: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Each arm less `original`, on the same test rows: mean over seeds, and 95% bootstrap interval over test rows."""
-    draws = np.random.default_rng(0).integers(0, len(test), (2000, len(test)))
-    said: dict[str, list[dict[str, np.ndarray]]] = {}
-    for seed in result["seeds"]:
-        for arm in ARMS:
-            if (file := work / seed / f"{arm}.answers.json").exists():
-                said.setdefault(arm, []).append(each(task, test, json.loads(file.read_text())))
-    found: dict[str, Any] = {}
-    for arm in [a for a in said if a != "original" and len(said[a]) == len(said.get("original", []))]:
-        for name in said[arm][0]:
-            gains = np.mean([a[name] - o[name] for a, o in zip(said[arm], said["original"], strict=True)], axis=0)
-            low, high = np.percentile(gains[draws].mean(axis=1), [2.5, 97.5])
-            found.setdefault(arm, {})[name] = [round(float(x), 3) for x in (gains.mean(), low, high)]
-    return found
-
-
-def table(result: dict[str, Any]) -> str:
-    """In Markdown: mean over the seeds (least and most of them), and gains with their 95% intervals."""
-    seeds, names = list(result["seeds"].values()), list(result["base"])
-    lines = [f"| arm | rows | wrong targets | {' | '.join(names)} | {names[0]}, less original (95% interval) |"]
-    lines.append("|" + "---|" * (len(names) + 4))
-    base = " | ".join(f"{result['base'][name]:.3f}" for name in names)
-    lines.append(f"| base, zero-shot | | | {base} | |")
-    for arm in [a for a in ARMS if all(a in s["arms"] for s in seeds)]:
-        of = [s["arms"][arm] for s in seeds]
-        cells = [f"{np.mean([a[k] for a in of]):.0f}" for k in ("rows", "wrong")]
-        for name in names:
-            values = [a[name] for a in of]
-            cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-        gain = result["against original"].get(arm, {}).get(names[0])
-        cells.append(f"{gain[0]:+.3f} ({gain[1]:+.3f} to {gain[2]:+.3f})" if gain else "")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

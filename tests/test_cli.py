@@ -89,6 +89,9 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
     assert given.returncode == 0, given.stderr
     assert lines(tmp_path / "two.jsonl") == wanted
+    agreed = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder, "--keep-agreed")
+    assert agreed.returncode == 0, agreed.stderr
+    assert agreed.stderr.count("9 from an earlier run") == 3  # a decision costs nothing
     rounds = run("curate", source, "-o", tmp_path / "three.jsonl", *settings, "--rounds", "2")
     assert rounds.returncode == 0, rounds.stderr
     assert "fine-tuning on 4 rows" in rounds.stderr

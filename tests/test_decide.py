@@ -126,6 +126,19 @@ def test_a_row_is_replaced_only_where_its_candidate_is_confidently_better(correc
         decide(0.5, eta=80)
 
 
+@pytest.mark.parametrize("agreed, wanted", [
+    ("drop", ["keep", "drop", "drop", "replace", "drop"]),
+    ("keep", ["keep", "keep", "drop", "replace", "drop"]),
+])  # fmt: skip
+def test_rows_that_the_writer_agrees_with_are_kept_where_that_is_asked_for(agreed, wanted):
+    ds = Dataset.from_dict({"clear_confidence": [0.9, 0.1, 0.1, 0.1, NAN], "clear_candidate": ["", "", "", "new", ""],
+                            "clear_preference": [NAN, NAN, NAN, 0.9, NAN],
+                            "clear_agreed": [False, True, False, False, True]})  # fmt: skip
+    assert ds.map(decide(0.5, agreed=agreed, failed="drop"), batched=True)["clear_decision"][:] == wanted
+    with pytest.raises(ValueError, match="agreed is True"):
+        decide(0.5, agreed=True)
+
+
 TURNS = [
     [{"from": "human", "value": f"What is {i}?", "weight": None}, {"from": "gpt", "value": f" {i}\n", "weight": 0.5}]
     for i in range(6)

@@ -117,16 +117,16 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     assert first.returncode == 0, first.stderr
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("result.work/1/*.parquet")}
     assert {p.name for p in done} == {"noisy.parquet", "scored.parquet"}
-    gains = json.loads(out.read_text())["against original"]
-    assert gains == {}
-    whole = reproduce(*arguments, "--arms", "original,random,filter,correct")
+    assert json.loads(out.read_text())["less"] == {"original": {}, "filter": {}}
+    whole = reproduce(*arguments, "--arms", "original,random,filter,correct,agreed")
     assert whole.returncode == 0, whole.stderr
     assert "fine-tuning filter" not in whole.stdout
     assert whole.stdout.count("train_runtime") == 4
     assert {p: p.stat().st_mtime_ns for p in done} == done
     result = json.loads(out.read_text())
     arms, curation = result["seeds"]["1"]["arms"], result["seeds"]["1"]["curation"]
-    assert set(arms) == {"original", "random", "random_length", "filter", "correct"}
+    assert set(arms) == {"original", "random", "random_length", "filter", "correct", "agreed"}
+    assert arms["agreed"]["rows"] == arms["correct"]["rows"] + curation["agreed"]
     assert arms["original"]["rows"] == 20
     assert arms["original"]["wrong"] == sum(curation["wrong targets"].values()) == 4
     assert arms["random"]["rows"] == arms["random_length"]["rows"] == arms["filter"]["rows"]
@@ -134,7 +134,7 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     assert set(result["base"]) == {"F1", "first field", "valid JSON"}
     assert len(result["runs"]) == 2
     assert "| correct |" in whole.stdout
-    gain, low, high = result["against original"]["filter"]["F1"]
+    gain, low, high = result["less"]["original"]["filter"]["F1"]
     assert low <= gain <= high
     assert gain == pytest.approx(arms["filter"]["F1"] - arms["original"]["F1"], abs=0.001)
     out.unlink()  # the scored rows of these settings are still there

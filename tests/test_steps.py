@@ -198,6 +198,7 @@ def test_an_answer_that_is_cut_off_is_no_candidate(tiny):
     proposed = Clear(tiny).with_writer(tiny).propose(rows)  # a random model goes on and on
     assert proposed == {
         "clear_candidate": [""],
+        "clear_agreed": [False],
         "clear_error": ["no candidate: the answer is cut off at 256 tokens"],
     }
 
@@ -214,6 +215,8 @@ def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_ba
     ds = Dataset.from_dict(rows)
     proposed = ds.map(clear.propose, batched=True, batch_size=4)
     assert proposed["clear_candidate"][:] == ["the Alps", "", "", "", "the Alps", ""]
+    assert proposed["clear_agreed"][:] == [False, False, True, False, False, False]  # "Ada ", but for the space
+    assert proposed.features["clear_agreed"] == Value("bool")
     errors = ["", "", "", "no candidate: the prompt has 74 characters, the limit is 30", "", rows["clear_error"][5]]
     assert proposed["clear_error"][:] == errors
     everything = Dataset.from_dict(rows).map(Clear(engine=engine).with_writer("the Alps").propose, batched=True)
