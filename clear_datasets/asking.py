@@ -45,15 +45,16 @@ class _Batch:
         rows = {part: [i for i, asks in enumerate(each) for _ in getattr(asks, part)] for part in _PARTS}
         limits = [limit for asks in each for limit in asks.limits]
         seen: dict[str, int] = {}
-        self.place = [seen.setdefault(repr(p), len(seen)) for p in zip(joined["generate"], limits, strict=True)]
+        self.place = [seen.setdefault(repr(p), len(seen)) for p in joined["generate"]]
         self.owners: list[list[int]] = [[] for _ in seen]
-        first: dict[int, int] = {}
+        longest = [0] * len(seen)  # long enough for each of its rows
         for i, place in enumerate(self.place):
-            first.setdefault(place, i)
+            longest[place] = max(longest[place], limits[i])
             self.owners[place].append(rows["generate"][i])
         self.owners += [[row] for part in _PARTS[1:] for row in rows[part]]
-        joined["generate"] = [joined["generate"][i] for i in first.values()]
-        self.asks = replace(each[0], max_tokens=[limits[i] for i in first.values()], **joined)
+        distinct = dict(zip(self.place, joined["generate"], strict=True))
+        joined["generate"] = [distinct[place] for place in range(len(seen))]
+        self.asks = replace(each[0], max_tokens=longest, **joined)
 
     def split(self, answers: Answers) -> list[Answers]:
         """The answers of each row, out of those to all of them."""

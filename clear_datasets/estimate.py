@@ -103,16 +103,17 @@ def estimate(
         if writer is None:
             writer = str(Path(folder) / "writer")
             engine.close()
-            kept = scored.filter(above(gamma, failed="drop")).select_columns(rows.column_names)
-            costs.append(_tuning(kept, clear, chats, scale, writer, rounds))
+            sound, kept = (scored.filter(above(cut, failed="drop")) for cut in (-1, gamma))
+            kept = (kept if len(kept) else sound).select_columns(rows.column_names)  # a small share may have none here
+            costs.append(_tuning(kept, clear, chats, round(keep * scale * len(sound)), writer, rounds))
         proposing = base.with_writer(writer, gamma)
         proposed, cost = stage("propose", proposing.propose, scored, engine.with_writer(writer), rounds)
         _, judging = stage("prefer", base.prefer, proposed, engine, rounds)
         return [*costs, cost, judging]
 
 
-def _tuning(kept: Dataset, clear: Clear, chats: Chats, scale: float, writer: str, rounds: int) -> Cost:
-    """The cost of fine-tuning on all kept rows, by that of a few steps."""
+def _tuning(kept: Dataset, clear: Clear, chats: Chats, training: int, writer: str, rounds: int) -> Cost:
+    """The cost of fine-tuning on as many rows like the kept ones, by that of a few steps."""
     from clear_datasets.finetune import BATCH, EPOCHS, finetune
     from clear_datasets.formats import infer
 
@@ -129,7 +130,7 @@ def _tuning(kept: Dataset, clear: Clear, chats: Chats, scale: float, writer: str
     examples = [form.read(row) for row in kept]
     tokens = sum(map(len, chats.encode([e.prompt for e in examples], [0] * len(examples))))
     tokens += sum(len(chats.response(e.response)) for e in examples)
-    every = EPOCHS * math.ceil(len(kept) * scale / BATCH)
+    every, scale = EPOCHS * math.ceil(training / BATCH), training / len(kept)
     return Cost("fine-tune", round(rounds * EPOCHS * scale * tokens), 0, rounds * (seconds[0] + (every - 1) * step))
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +103,14 @@ def check_out(out: Path, src: str) -> None:
 
     Raises:
         ValueError: The ending is unknown, a folder stands for a file or a file for a folder, the folder holds other
-            things than a dataset, or OUT is SRC.
+            things than a dataset, or OUT is SRC or one of its files.
     """
     if out.suffix and out.suffix not in LOADERS:
         raise ValueError(
             f"cannot write {out.suffix} files: end OUT in {', '.join(LOADERS)}, or give a folder without an ending"
         )
+    if any(_matches(made, src) for made in (out, out.with_name("clear_stages") / "score" / "0.parquet")):
+        raise ValueError(f"SRC, {src}, means {out} or what is kept beside it, too: give an OUT in another folder")
     if not out.exists():
         return
     if Path(src).exists() and out.samefile(src):
@@ -118,6 +121,16 @@ def check_out(out: Path, src: str) -> None:
         names = {f.name for f in out.iterdir() if f.suffix != ".arrow"}
         if names - {"dataset_info.json", "state.json"} or ("dataset_info.json" not in names and any(out.iterdir())):
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
+
+
+def _matches(file: Path, pattern: str) -> bool:
+    """Whether a glob means a file, be it there or not."""
+    if Path(pattern).exists() or not any(c in pattern for c in "*?["):
+        return False
+    wanted, parts = Path(os.path.abspath(pattern)).parts, Path(os.path.abspath(file)).parts
+    if "**" in wanted:
+        return fnmatch(str(Path(*parts)), str(Path(*wanted)).replace("/**/", "/*"))
+    return len(parts) == len(wanted) and all(map(fnmatch, parts, wanted))
 
 
 def write(ds: Dataset, out: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import PromptError
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import best_device, fast_dtype, source_of, stamp, stated_ends
+from clear_datasets.engines.checkpoint import best_device, fast_dtype, source_of, stamp, stated_ends, unload
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 LORA: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 EPOCHS, BATCH = 3, 8  # by default
+_TOKENS = 4096  # read at a time: the logits of 4,096 tokens and 150,000 words take 2.5 GB in float32
 _RUN = "clear_finetune.json"  # what the run in a folder was started with, and whether it is done
 _SAME_WEIGHTS = {  # options that may change from start to start
     "dataloader_num_workers", "dataloader_pin_memory", "disable_tqdm", "gradient_checkpointing", "logging_steps",
@@ -41,8 +43,9 @@ def finetune(
 ) -> str:
     """Fine-tune a model on the responses of a dataset, in the model's own chat template.
 
-    The loss is that of the response alone. A run that was broken off goes on from its last checkpoint when it is called
-    again with the same rows and settings; one that is done is not repeated.
+    The loss is that of the response alone. Engines of this process are closed first: their memory is needed. A run that
+    was broken off goes on from its last checkpoint when it is called again with the same rows and settings; one that is
+    done is not repeated.
 
     Args:
         ds: Rows in any format that `Clear.score` takes; those that cannot be read are left out, with a warning.
@@ -52,7 +55,8 @@ def finetune(
         format: Where rows keep prompt and target; inferred from the columns by default.
         lora: Settings of ``peft.LoraConfig``; None trains all weights.
         **options: Of ``trl.SFTConfig``. By default 3 epochs in batches of 8, learning rate 2e-4 (all weights: 1e-5, as
-            in the paper), a checkpoint every tenth of the way, and no row is cut off (``max_length=None``).
+            in the paper), a checkpoint every tenth of the way, and no row is cut off (``max_length=None``). A batch of
+            long rows is read in parts (``gradient_accumulation_steps``), 4,096 tokens at a time or else row by row.
 
     Returns:
         `out`, for `Clear.with_writer`.
@@ -84,7 +88,7 @@ def finetune(
     loading = {"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"}
     settings = {
         "num_train_epochs": EPOCHS,
-        "per_device_train_batch_size": BATCH,
+        **_parts(max(map(len, rows["input_ids"])), options),
         "learning_rate": 2e-4 if lora is not None else 1e-5,
         "max_length": None,
         "save_steps": 0.1,
@@ -97,11 +101,13 @@ def finetune(
         **options,
         "model_init_kwargs": {**loading, **(options.get("model_init_kwargs") or {})},
     }
-    telling = sorted((name, value) for name, value in settings.items() if name not in _SAME_WEIGHTS)
+    telling = {name: value for name, value in settings.items() if name not in _SAME_WEIGHTS}
+    telling["batch"] = telling.pop("per_device_train_batch_size") * telling.pop("gradient_accumulation_steps")
     run: dict[str, Any] = {"rows": _digest(rows), "model": model, "revision": revision, "stamp": stamp(model)}
-    run |= {"lora": repr(sorted(lora.items())) if lora is not None else None, "options": repr(telling)}
+    run |= {"lora": repr(sorted(lora.items())) if lora is not None else None, "options": repr(sorted(telling.items()))}
     if _done(folder, run):
         return str(folder)
+    _close_engines()
     trainer = SFTTrainer(
         model=source,
         args=SFTConfig(output_dir=str(folder), completion_only_loss=True, **settings),
@@ -122,6 +128,13 @@ def finetune(
         if on_cuda:
             torch.cuda.empty_cache()
     return str(folder)
+
+
+def _close_engines() -> None:
+    unload()
+    if "clear_datasets.engines.vllm_process" in sys.modules:  # which needs vLLM
+        sys.modules["clear_datasets.engines.vllm_process"].close_all()
+    gc.collect()
 
 
 def _done(folder: Path, run: dict[str, Any]) -> bool:
@@ -167,6 +180,14 @@ def _tokens(ds: Dataset, format: Format | None, tokenizer: Any, source: str, rev
             f"{len(ds) - len(rows)} of {len(ds)} rows are left out; the first one: {step.reasons[0]}", stacklevel=3
         )
     return rows
+
+
+def _parts(longest: int, options: Mapping[str, Any]) -> dict[str, int]:
+    """Rows in memory at a time, and how many times that many make a batch."""
+    if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options):
+        return {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
+    rows = next((n for n in (BATCH, BATCH // 2, BATCH // 4) if n * longest <= _TOKENS), 1)
+    return {"per_device_train_batch_size": rows, "gradient_accumulation_steps": BATCH // rows}
 
 
 def _digest(rows: Dataset) -> str:

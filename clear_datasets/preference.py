@@ -113,9 +113,8 @@ class ByConfidence:
     """What either response is worth by itself, taken for a chance of being right.
 
     With c and t, BSDetector's confidence in candidate and target: ``preference = c (1 - t) / (c (1 - t) + t (1 - c))``,
-    the chance that the candidate is right where one of them is. The two exchanged give 1 - preference, as far as both
-    are compared with the same samples: in `Transformers`, whose samples belong to their prompt. For models that are too
-    small to judge a pair.
+    the chance that the candidate is right where one of them is. Both are compared with the same samples; exchanged in
+    one batch (with `Transformers`, in any) they give 1 - preference. For models that are too small to judge a pair.
 
     Args:
         confidence: The estimator.

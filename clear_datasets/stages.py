@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clear_datasets.confidence import BSDetector
+from clear_datasets.preference import Pairwise
 from clear_datasets.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ class Stages:
 
     Args:
         folder: Gets a folder for each stage, with the columns that it added, one Parquet file a batch.
-        batch_size: Rows handed to the engine at a time.
+        batch_size: Rows handed to the engine at a time; another one goes on with the batches that are there.
     """
 
     folder: Path
@@ -37,25 +40,26 @@ class Stages:
         from datasets import Dataset, concatenate_datasets
         from datasets.fingerprint import Hasher
 
-        mark = Hasher.hash((rows._fingerprint, step, self.batch_size))
+        mark = Hasher.hash((rows._fingerprint, step))
         folder = self.folder / f"{name}-{mark}"
         folder.mkdir(parents=True, exist_ok=True)
+        known = {int(start): int(end) for start, _, end in (f.stem.partition("-") for f in folder.glob("*.parquet"))}
         files: list[Path] = []
+        end = 0
         with progress(title, len(rows)) as advance:
-            for start in range(0, len(rows), self.batch_size):
-                part = rows.select(range(start, min(start + self.batch_size, len(rows))))
-                file = folder / f"{start:09}.parquet"
-                known = file.exists()
-                if not known:
-                    added = part.map(
-                        step, batched=True, batch_size=None, remove_columns=part.column_names, keep_in_memory=True,
+            while (start := end) < len(rows):  # batches that are there may have been of another size
+                end = known.get(start) or min([start + self.batch_size, len(rows), *(s for s in known if s > start)])
+                file = folder / f"{start:09}-{end:09}.parquet"
+                if start not in known:
+                    added = rows.select(range(start, end)).map(
+                        step, batched=True, batch_size=None, remove_columns=rows.column_names, keep_in_memory=True,
                         load_from_cache_file=False, new_fingerprint=mark,
                     )  # fmt: skip
                     unfinished = file.with_suffix(f".part{os.getpid()}")
                     added.to_parquet(str(unfinished))
                     unfinished.rename(file)
                 files.append(file)
-                advance(len(part), known)
+                advance(end - start, start in known)
         added = Dataset.from_parquet([escape(str(file)) for file in files])
         left = rows.remove_columns([c for c in rows.column_names if c in added.column_names])
         whole = concatenate_datasets([left, added], axis=1)
@@ -65,12 +69,17 @@ class Stages:
 
     def score(self, rows: Dataset, clear: Clear) -> Dataset:
         """`Clear.score` on all rows."""
+        clear = replace(
+            clear, preference=Pairwise(), writer=None, gamma=None
+        )  # whatever these are, scores are the same
         return self.run(rows, clear.score, "score", "scoring")
 
     def correct(self, scored: Dataset, clear: Clear) -> Dataset:
         """`Clear.propose` and `Clear.prefer` on all rows."""
-        proposed = self.run(scored, clear.propose, "propose", "writing candidates")
-        return self.run(proposed, clear.prefer, "prefer", "judging candidates")
+        writing = replace(clear, preference=Pairwise(), confidence=BSDetector())
+        proposed = self.run(scored, writing.propose, "propose", "writing candidates")
+        judging = replace(clear, confidence=BSDetector())
+        return self.run(proposed, judging.prefer, "prefer", "judging candidates")
 
 
 def usual_batch_size() -> int:
@@ -87,6 +96,6 @@ def train_writer(decided: Dataset, clear: Clear) -> None:
 
     assert clear.writer is not None
     replace(clear, writer=None).close()  # its memory is needed
-    rows = curated(decided, clear.format).filter(lambda error: not error, input_columns="clear_error")
+    rows = curated(decided, clear.format).filter(lambda c: not math.isnan(c), input_columns="clear_confidence")
     console.print(f"fine-tuning on {len(rows):,} rows, into {clear.writer}")
     finetune(rows, clear.model, clear.writer, revision=clear.revision, format=clear.format)

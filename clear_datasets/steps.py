@@ -21,10 +21,11 @@ from clear_datasets.preference import Pairwise, Preference
 if TYPE_CHECKING:
     from datasets import Features
 
-SCORES_REVISION = 3  # raised whenever equal settings give other scores than before; see CHANGELOG.md
+SCORES_REVISION = 4  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
-_CANDIDATES_REVISION = 3  # the same of candidates
+CANDIDATES_REVISION = 3  # the same of candidates
+PREFERENCES_REVISION = 1  # and of preferences
 _CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
 
@@ -71,8 +72,8 @@ class Clear:
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"stamp": stamp(self.model), "writer_stamp": ""}
-        if self.writer:
-            own = {**own, "writer_stamp": stamp(self.writer), "candidates_revision": _CANDIDATES_REVISION}
+        if self.writer:  # the scores of others stay, whatever becomes of candidates
+            own = {**own, "writer_stamp": stamp(self.writer), "revisions": (CANDIDATES_REVISION, PREFERENCES_REVISION)}
         return {**self.__dict__, **own}  # a model that was retrained in its place scores anew
 
     def with_writer(self, writer: str | os.PathLike[str], gamma: float | None = None) -> Clear:
@@ -218,6 +219,8 @@ class Clear:
     ) -> Any:
         """The new columns, with reasons beside those that rows have already."""
         errors = [e or "" for e in columns["clear_error"]] if "clear_error" in columns else [""] * columns.size
+        for i, error in enumerate(errors):  # of an earlier round, on what is made anew
+            errors[i] = error.partition(f"{what}: ")[0].removesuffix("; ") if what in error else error
         for i, reason in zip(rows, reasons, strict=True):
             if reason:
                 errors[i] = "; ".join(e for e in (errors[i], f"{what}: {reason}") if e)

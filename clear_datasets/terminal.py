@@ -93,7 +93,7 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
         )
     console.print(least)
     for error, count in Counter(e for e in ds["clear_error"][:] if e).most_common(5):
-        console.print(f"failed, {count} rows: {escape(_short(error, 200))}")
+        console.print(f"{count} rows: {escape(_short(error, 200))}")
     console.print(f"wrote {escape(str(out))}")
     if not scored.any():
         fail("no row could be scored", 3)

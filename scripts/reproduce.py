@@ -17,7 +17,7 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Callable
+from functools import cached_property
 from glob import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -26,15 +26,17 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from get_model import MODELS, fetch
 from reproduce_report import ARMS, differences, figures, tables
 from reproduce_tasks import NOISES, TASKS, Task, any_file
 
 from clear_datasets import BSDetector, ByConfidence, Clear, Pairwise, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
+from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.finetune import finetune
 from clear_datasets.stages import Stages, usual_batch_size
-from clear_datasets.steps import SCORES_REVISION
+from clear_datasets.steps import CANDIDATES_REVISION, PREFERENCES_REVISION, SCORES_REVISION
 
 PREFERENCES = {
     "pairwise": Pairwise(),
@@ -50,8 +52,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     work = args.out.with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
-    result = begin(args, work / "settings.json")
     pool, test = task.rows([*([] if args.task in TASKS else [args.task]), *(args.data or [])], args.test)
+    result = begin(args, work / "settings.json", Hasher.hash([pool.to_list(), test.to_list(), stamp(model)]))
     for seed in range(1, args.seeds + 1):
         arms = Seed(args, task, model, pool, seed, work / str(seed))
         found = result["seeds"].setdefault(str(seed), {"arms": {}})
@@ -68,7 +70,6 @@ def main() -> None:
             rows = arms.rows(arm)
             found["arms"][arm] = {"rows": len(rows), "wrong": wrong(task, rows), **figures(task, test, said)}
             print(f"seed {seed}, {arm}: {json.dumps(found['arms'][arm])}", flush=True)
-        engine.close()
         result["less"] = differences(task, test, list(result["seeds"]), work)
         write(args.out, result)
     print(tables(result))
@@ -100,11 +101,11 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def begin(args: argparse.Namespace, kept: Path) -> dict[str, Any]:
-    """What an earlier run with the same settings found, or an empty result."""
+def begin(args: argparse.Namespace, kept: Path, content: str) -> dict[str, Any]:
+    """What an earlier run with the same settings, rows and model found, or an empty result."""
     settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out")}
     settings |= {"kind": args.kind or (TASKS[args.task].noise if args.task in TASKS else "swap")}
-    settings["scores_revision"] = SCORES_REVISION
+    settings |= {"content": content, "revisions": [SCORES_REVISION, CANDIDATES_REVISION, PREFERENCES_REVISION]}
     run = {
         "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
@@ -136,22 +137,19 @@ class Seed:
         self.args, self.task, self.model, self.seed, self.folder = args, task, model, seed, folder
         folder.mkdir(exist_ok=True)
         self.clear = Clear(model, preference=PREFERENCES[args.preference])
-        self.noisy = self._stage("noisy", lambda: self._noisy(pool))
+        self.noisy = self._noisy(pool)
         self.stages = Stages(folder / "stages", usual_batch_size())
-        self.scored = self._stage("scored", lambda: self.stages.score(self.noisy, self.clear))
+        self.scored = self.stages.score(self.noisy, self.clear)
         self.gamma = threshold(self.scored)
         self.kept = self.scored.filter(above(self.gamma, failed="drop"))
         self.steps = round(args.epochs * len(self.noisy) / args.batch)
 
     def _noisy(self, pool: Dataset) -> Dataset:
-        chosen = pool.shuffle(seed=self.seed).select(range(min(self.args.rows, len(pool))))
-        return NOISES[self.args.kind or self.task.noise](chosen, fraction=self.args.noise, seed=self.seed)
-
-    def _stage(self, name: str, make: Callable[[], Dataset]) -> Dataset:
-        file = self.folder / f"{name}.parquet"
+        file = self.folder / "noisy.parquet"
         if not file.exists():
-            print(f"seed {self.seed}: {name}", flush=True)
-            make().to_parquet(str(file.with_suffix(".part")))
+            chosen = pool.shuffle(seed=self.seed).select(range(min(self.args.rows, len(pool))))
+            noisy = NOISES[self.args.kind or self.task.noise](chosen, fraction=self.args.noise, seed=self.seed)
+            noisy.to_parquet(str(file.with_suffix(".part")))
             file.with_suffix(".part").rename(file)
         return Dataset.from_parquet(escape(str(file)))
 
@@ -167,14 +165,18 @@ class Seed:
             return self.noisy.select(sorted(draw.sample(range(len(self.noisy)), len(self.kept))))
         return self.noisy.select(same_lengths(lengths(self.noisy), lengths(self.kept), draw))
 
-    def decided(self, agreed: Literal["keep", "drop"]) -> Dataset:
-        """The scored rows with candidates, preferences and decisions; the arm `filter` is trained for it."""
-        if not (self.folder / "judged.parquet").exists():
-            self.tune("filter")
+    @cached_property
+    def judged(self) -> Dataset:
+        """The scored rows with candidates and preferences; the arm `filter` is trained for it."""
+        self.tune("filter")
         clear = self.clear.with_writer(str(self.folder / "filter"), self.gamma)
-        judged = self._stage("judged", lambda: self.stages.correct(self.scored, clear))
+        judged = self.stages.correct(self.scored, clear)
         clear.close()
-        return judged.map(decide(self.gamma, self.args.eta, agreed=agreed, failed="drop"), batched=True)
+        return judged
+
+    def decided(self, agreed: Literal["keep", "drop"]) -> Dataset:
+        """The same with decisions."""
+        return self.judged.map(decide(self.gamma, self.args.eta, agreed=agreed, failed="drop"), batched=True)
 
     def adapter(self, arm: str) -> str:
         """Where the weights of an arm are: without a row more, `agreed` is `correct`, and that is `filter`."""
@@ -188,7 +190,6 @@ class Seed:
         rows = self.rows(arm).select_columns(self.noisy.column_names)
         if not (self.folder / name / "adapter_config.json").exists():
             print(f"seed {self.seed}: fine-tuning {name} on {len(rows)} rows", flush=True)
-        self.clear.close()
         finetune(
             rows, self.model, self.folder / name, seed=self.seed, max_steps=self.steps, learning_rate=self.args.rate,
             per_device_train_batch_size=self.args.batch, save_steps=0.25, save_total_limit=1, disable_tqdm=True,

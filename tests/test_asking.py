@@ -14,10 +14,10 @@ from tests.conftest import Scripted
 class Counting(Scripted):
     """Notes what it is asked to write."""
 
-    asked: list[str] = field(default_factory=list, compare=False)
+    asked: list[tuple[str, int]] = field(default_factory=list, compare=False)
 
     def answer(self, asks: Asks) -> Answers:
-        self.asked.extend(p[-1]["content"] for p in asks.generate)
+        self.asked.extend((p[-1]["content"], limit) for p, limit in zip(asks.generate, asks.limits, strict=True))
         return super().answer(asks)
 
 
@@ -26,11 +26,12 @@ def say(text: str) -> list[dict[str, str]]:
 
 
 def test_samples_of_a_prompt_serve_every_response_to_it():
-    texts, responses = ["Where?", "Who?", "Where?"], ["Rome", "Ada", "Oslo"]
+    texts, responses = ["Where?", "Who?", "Where?"], ["Rome", "Ada", "Oslo and Rome"]
     examples = [Example(say(t), r) for t, r in zip(texts, responses, strict=True)]
     engine, estimator = Counting(answers=(("Where?", "Oslo"), ("Who?", "Ada"))), BSDetector(alpha=1)
     found = estimator(examples, engine)
-    assert len(engine.asked) == 2
+    limits = [limit for _, limit in engine.asked]
+    assert limits == [estimator.limit("Oslo and Rome"), estimator.limit("Ada")]
     alone = [estimator([example], engine).confidence[0] for example in examples]
     assert found.confidence.tolist() == alone
     assert alone[0] < alone[2]

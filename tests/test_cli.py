@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from clear_datasets.engines.transformers import Transformers
 from tests.conftest import make_tiny
 
 ROWS = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(8)] + [{"question": "", "answer": "x"}]
@@ -89,9 +90,6 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
     assert given.returncode == 0, given.stderr
     assert lines(tmp_path / "two.jsonl") == wanted
-    agreed = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder, "--keep-agreed")
-    assert agreed.returncode == 0, agreed.stderr
-    assert agreed.stderr.count("9 from an earlier run") == 3  # a decision costs nothing
     rounds = run("curate", source, "-o", tmp_path / "three.jsonl", *settings, "--rounds", "2")
     assert rounds.returncode == 0, rounds.stderr
     assert "fine-tuning on 4 rows" in rounds.stderr
@@ -101,6 +99,21 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     assert (wrong.returncode, "go with --correct" in wrong.stderr) == (2, True)
     wrong = run("curate", source, "-o", out, *settings, "--writer", folder, "--finetune")
     assert (wrong.returncode, "leave out --writer" in wrong.stderr) == (2, True)
+
+
+def test_rows_that_the_writer_agrees_with_are_kept_where_that_is_asked_for(tiny, tmp_path):
+    questions = [f"Where is {i}?" for i in range(6)]
+    said = Transformers(tiny).generate([[{"role": "user", "content": q}] for q in questions], max_tokens=256)
+    answers = [text if i % 2 and 0 < len(text) < 20 else "Rome" for i, [text] in enumerate(said)]
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ("--model", tiny, "--samples", "1", "--correct", "--writer", tiny, "--gamma", "1", "--eta", "1")
+    done = run("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", *settings, "--keep-agreed")
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "out.jsonl") == [r for r in rows if r["answer"] != "Rome"] != []
+    done = run("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", *settings)
+    assert done.stderr.count("6 from an earlier run") == 3, done.stderr  # a decision costs nothing
+    assert lines(tmp_path / "out.jsonl") == []
 
 
 def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_path):
@@ -114,15 +127,17 @@ def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_pa
     process.wait()
     done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("clear_stages/*/*.parquet")}
     assert 3 <= len(done) < len(ROWS)
-    again = run(*arguments)
+    again = run(*arguments[:-1], "4")  # in larger batches, behind those that are done
     assert again.returncode == 0, again.stderr
     assert f"{len(done)} from an earlier run" in again.stderr
     assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert len(list(tmp_path.glob("clear_stages/*/*.parquet"))) < len(ROWS)
     (tmp_path / "fresh[1]").mkdir()
     fresh = run(*arguments[:3], tmp_path / "fresh[1]" / "scored.jsonl", *arguments[4:])
     assert fresh.returncode == 0, fresh.stderr
     assert lines(out) == lines(tmp_path / "fresh[1]" / "scored.jsonl")
-    curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *arguments[4:])  # has the same scores
+    others = (*arguments[4:-1], "4", "--preference", "confidence")  # of which no score depends
+    curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *others)
     assert "9 from an earlier run" in curated.stderr
     other = run(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken
     assert other.returncode == 0, other.stderr
@@ -143,6 +158,8 @@ def test_estimate_counts_every_stage_of_all_rows(source, tiny, tmp_path):
     written = {stage: int(cost[1].replace(",", "")) for stage, cost in costs.items()}
     assert written["fine-tune"] == 0 < written["propose"]
     assert written["score"] >= 2 * 8  # two samples of the eight rows that can be asked
+    few = run(*arguments, "--keep", "0.01")  # of so few rows that is none
+    assert few.returncode == 0, few.stderr
     assert not list(tmp_path.glob("clear_stages"))
 
 
@@ -240,6 +257,8 @@ def test_columns_can_be_named(tiny, tmp_path):
         ("train.jsonl", ["-o", "full"], 2, "other things in it"),
         ("train.jsonl", ["-o", "arrows"], 2, "other things in it"),
         ("train.jsonl", ["-o", "train.jsonl"], 2, "OUT is SRC"),
+        ("*.jsonl", ["-o", "out.jsonl"], 2, "give an OUT in another folder"),
+        ("**/*.parquet", ["-o", "out.jsonl"], 2, "give an OUT in another folder"),
         ("train.jsonl", ["-o", "plain"], 2, "plain is a file already"),
         ("train.jsonl", ["--split", "test"], 1, "leave --split out"),
         ("train.jsonl", ["--config", "en"], 1, "--config and --revision are of Hub datasets"),

@@ -127,13 +127,14 @@ def test_a_row_is_replaced_only_where_its_candidate_is_confidently_better(correc
 
 
 @pytest.mark.parametrize("agreed, wanted", [
-    ("drop", ["keep", "drop", "drop", "replace", "drop"]),
-    ("keep", ["keep", "keep", "drop", "replace", "drop"]),
+    ("drop", ["keep", "drop", "drop", "replace", "drop", "drop"]),
+    ("keep", ["keep", "keep", "drop", "replace", "drop", "drop"]),
 ])  # fmt: skip
 def test_rows_that_the_writer_agrees_with_are_kept_where_that_is_asked_for(agreed, wanted):
-    ds = Dataset.from_dict({"clear_confidence": [0.9, 0.1, 0.1, 0.1, NAN], "clear_candidate": ["", "", "", "new", ""],
-                            "clear_preference": [NAN, NAN, NAN, 0.9, NAN],
-                            "clear_agreed": [False, True, False, False, True]})  # fmt: skip
+    ds = Dataset.from_dict({"clear_confidence": [0.9, 0.1, 0.1, 0.1, NAN, 0.1],
+                            "clear_candidate": ["", "", "", "new", "", "not judged"],
+                            "clear_preference": [NAN, NAN, NAN, 0.9, NAN, NAN],
+                            "clear_agreed": [False, True, False, False, True, False]})  # fmt: skip
     assert ds.map(decide(0.5, agreed=agreed, failed="drop"), batched=True)["clear_decision"][:] == wanted
     with pytest.raises(ValueError, match="agreed is True"):
         decide(0.5, agreed=True)

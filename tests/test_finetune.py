@@ -15,7 +15,9 @@ import pytest
 from datasets import Dataset
 
 from clear_datasets import Clear
+from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.transformers import Transformers
+from tests.conftest import make_tiny
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
@@ -67,6 +69,20 @@ def test_a_run_goes_on_from_its_last_checkpoint_and_is_not_repeated(tiny, tmp_pa
     assert (broken / "adapter_model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="a run with other rows, options: give another folder"):
         finetune(ROWS.select([0]), tiny, broken, **{**FAST, "num_train_epochs": 1})
+
+
+def test_a_batch_of_long_rows_is_read_in_parts_and_engines_make_room(tmp_path):
+    model = str(make_tiny(tmp_path / "model", max_position_embeddings=2048))
+    engine = Transformers(model, dtype="float32")
+    loaded = load(engine)
+    rows = Dataset.from_dict({"question": ["Who?"] * 16, "answer": ["a b c d e f " * n for n in [1] * 15 + [50]]})
+    out = Path(finetune(rows, model, tmp_path / "out", max_steps=2, save_steps=1))
+    assert load(engine) is not loaded
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert (state["train_batch_size"], state["epoch"]) == (4, 1)  # two steps of two parts of four
+    finetune(rows, model, out, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=8)  # the same
+    with pytest.raises(ValueError, match="a run with other options"):
+        finetune(rows, model, out, max_steps=2, per_device_train_batch_size=4)
 
 
 def test_what_cannot_be_trained_on(tiny, tmp_path):

@@ -115,8 +115,8 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
                  "--epochs", "1", "--preference", "confidence", "--eta", "0.4", "--out", out)  # fmt: skip
     first = reproduce(*arguments, "--arms", "filter")
     assert first.returncode == 0, first.stderr
-    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("result.work/1/*.parquet")}
-    assert {p.name for p in done} == {"noisy.parquet", "scored.parquet"}
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("result.work/1/**/*.parquet")}
+    assert [p.parent.name.partition("-")[0] for p in sorted(done)] == ["1", "score"]
     assert json.loads(out.read_text())["less"] == {"original": {}, "filter": {}}
     whole = reproduce(*arguments, "--arms", "original,random,filter,correct,agreed")
     assert whole.returncode == 0, whole.stderr
@@ -141,3 +141,7 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     other = reproduce(*arguments, "--noise", "0.4")
     assert other.returncode == 1
     assert "was made with other noise" in other.stderr
+    rows.select(range(29)).to_json(str(tmp_path / "rows.jsonl"))
+    other = reproduce(*arguments)
+    assert other.returncode == 1
+    assert "was made with other content" in other.stderr

@@ -190,7 +190,7 @@ class Tunable(Scripted):
     """An engine whose writer answers with the name of the adapter."""
 
     def with_writer(self, writer):
-        return Scripted(answers=(("Where?", writer), ("Who?", "Ada")), limit=30)
+        return Scripted(answers=(("Where?", writer), ("Who?", "Ada")), limit=100 if writer == "the Andes" else 30)
 
 
 def test_an_answer_that_is_cut_off_is_no_candidate(tiny):
@@ -221,6 +221,9 @@ def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_ba
     assert proposed["clear_error"][:] == errors
     everything = Dataset.from_dict(rows).map(Clear(engine=engine).with_writer("the Alps").propose, batched=True)
     assert everything["clear_candidate"][:] == ["the Alps", "the Alps", "", "", "the Alps", ""]
+    other = proposed.map(clear.with_writer("the Andes", gamma=0.5).propose, batched=True)  # it reads longer prompts
+    assert other["clear_candidate"][:] == ["the Andes", "", "", "Ada", "the Andes", ""]
+    assert other["clear_error"][:] == [*[""] * 5, rows["clear_error"][5]]
     judged = proposed.map(clear.prefer, batched=True, batch_size=1)
     np.testing.assert_allclose(judged["clear_preference"][:], [0.5, *[math.nan] * 3, 0.5, math.nan])
     np.testing.assert_allclose(judged["clear_position_bias"][:], [0.85, *[math.nan] * 3, 0.85, math.nan], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -62,14 +63,13 @@ def load(config: Transformers) -> Checkpoint:
     return _LOADED[config]
 
 
-def unload(config: Transformers) -> None:
-    """Free what `load` holds."""
-    checkpoint = _LOADED.pop(config, None)
-    if checkpoint is not None and checkpoint.device.type == "cuda":
-        import torch
-
-        del checkpoint
-        torch.cuda.empty_cache()
+def unload(config: Transformers | None = None) -> None:
+    """Free what `load` holds, of one configuration or of all."""
+    for other in [config] if config is not None else list(_LOADED):
+        _LOADED.pop(other, None)
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def _load(config: Transformers) -> Checkpoint:
@@ -86,7 +86,13 @@ def _load(config: Transformers) -> Checkpoint:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     if config.adapter:
         model = _peft().PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
-    model = model.to(device).eval()
+    try:
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError:
+        if not _LOADED:
+            raise
+        unload()  # the model that the step before this one asked
+        model = model.to(device).eval()
     text = model.config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])

@@ -28,7 +28,8 @@ class VLLM(Queued):
     question) are neighbours, so that vLLM's prefix cache has it once; `n` samples are one request. vLLM holds at most
     1,024 requests at a time, however many are asked.
 
-    Engines that differ in nothing but their adapter share the weights: one writes with it, another judges without.
+    Engines that differ in nothing but their adapter share the weights: one writes with it, another judges without. The
+    first adapter starts vLLM anew, unless it was started for adapters: ``enable_lora=True, max_lora_rank=16``.
 
     Args:
         model: Hub id, local folder, or a ``.gguf`` file (converted once into the cache folder).

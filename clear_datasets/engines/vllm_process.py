@@ -172,7 +172,8 @@ def _make_room(config: VLLM) -> None:
 
 
 @atexit.register
-def _close_all() -> None:
+def close_all() -> None:
+    """End all engines of this process."""
     for loaded in LOADED.values():
         if loaded.pid == os.getpid():
             loaded.close()

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from clear_datasets import BSDetector, Clear, Example, Pairwise
+from clear_datasets import BSDetector, ByConfidence, Clear, Example, Pairwise
 from clear_datasets.engines import Asks, PromptError
 
 PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
@@ -121,6 +121,14 @@ def test_exchanged_responses_are_preferred_the_other_way_round(engine, prompts):
     back = Pairwise()([Example(p, b) for p, _, b in pairs], [a for _, a, _ in pairs], engine)
     assert not np.isnan(there.preference).all()
     np.testing.assert_allclose(there.preference, 1 - back.preference, atol=0.02)
+
+
+def test_exchanged_responses_are_compared_with_the_same_samples(engine, prompts):
+    examples = [Example(prompts[0], "Alps"), Example(prompts[0], "a river, in the north of Italy")]
+    judge = ByConfidence(BSDetector(beta=1))
+    found = judge(examples, [example.response for example in reversed(examples)], engine)
+    assert found.errors == ["", ""]
+    np.testing.assert_allclose(found.preference[0], 1 - found.preference[1], atol=1e-5)
 
 
 def test_an_engine_is_its_configuration(engine, prompts):

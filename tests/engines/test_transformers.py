@@ -227,6 +227,22 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, user, monkeypatch,
         engine.answer(asks)
 
 
+def test_a_model_that_does_not_fit_beside_another_takes_its_place(tiny, user, monkeypatch):
+    asked, other = Transformers(tiny, dtype="float32"), Transformers(tiny, dtype="float64")
+    wanted = other.generate([user("Where?")], max_tokens=4)
+    other.close()
+    before, move, failures = load(asked), torch.nn.Module.to, ["out of memory"]
+
+    def full(module, *args, **named):
+        if failures:
+            raise torch.OutOfMemoryError(failures.pop())
+        return move(module, *args, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    assert other.generate([user("Where?")], max_tokens=4) == wanted
+    assert load(asked) is not before
+
+
 def test_samples_of_several_windows_that_do_not_fit_the_memory_together(tiny, user, monkeypatch):
     engine = Transformers(tiny, dtype="float32", batch_tokens=60)
     prompts = [user(t) for t in TEXTS]
