@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     D = TypeVar("D", Dataset, DatasetDict)
 
-_OURS = tuple(
+OURS = tuple(
     f"clear_{name}" for name in ("confidence", "consistency", "reflection", "error", "candidate", "agreed",
                                  "preference", "position_bias", "decision", "original")
 )  # fmt: skip
@@ -67,7 +67,7 @@ def restore(ds: D, format: Format | None = None) -> D:
     def undo(split: Any) -> Any:
         back = _mapped(split, step) if _has(split, "clear_original") else split
         names = back.column_names or next(iter(back), ())  # a stream may not tell before its first row
-        return back.remove_columns([name for name in names if name in _OURS])
+        return back.remove_columns([name for name in names if name in OURS])
 
     return cast("D", _splits(ds, undo))
 

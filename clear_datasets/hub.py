@@ -1,0 +1,208 @@
+"""A curated dataset on the Hub: its rows, all rows with their scores, and a card that says what was done."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from clear_datasets.apply import OURS
+from clear_datasets.card import IMAGE, Body, card, merged
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from clear_datasets import Clear
+
+    Splits = dict[str, Dataset]
+
+T = TypeVar("T")
+_TRIES, _LONGEST = 8, 60.0  # attempts, and seconds between two of them at most
+_BUSY = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+
+
+def push_to_hub(
+    curated: Dataset | DatasetDict,
+    repo_id: str,
+    audit: Dataset | DatasetDict | None = None,
+    *,
+    clear: Clear | None = None,
+    settings: Mapping[str, Any] | None = None,
+    source: str | None = None,
+    scores: bool = False,
+    private: bool | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    max_shard_size: int = 500_000_000,
+) -> str:
+    """Push curated rows, all rows with scores and decisions, and a card, in one commit.
+
+    Config ``default`` holds the curated rows in the source's own columns, config ``audit`` every row with what was
+    found and decided. Before that commit nothing changes: a push that breaks off leaves the old revision as it was,
+    and the next one does not upload again what is there. Other configs of the repository stay, and so does what its
+    owner wrote into the card. What a busy Hub refuses (412, 429, 5xx) is tried again.
+
+    Args:
+        curated: What `curated` made.
+        repo_id: ``owner/name``; made where it is not there.
+        audit: What `decide` made, before `curated`.
+        clear: The steps, whose settings go into the card.
+        settings: More of them, by name: gamma, eta, a command, ...
+        source: Hub id of the source; known where the rows were loaded from there. Its licence and languages go along.
+        scores: Keep our columns among the curated rows, too.
+        private: Whether a new repository is private.
+        split: Name of the split of a Dataset; "train" by default.
+        revision: Branch; made where it is not there.
+        token: Of an account that may write; by default the one of ``hf auth login``.
+        max_shard_size: Bytes of rows in a file, before they are compressed.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: The name of a split is not one that the Hub takes, or the splits of both are not the same.
+        HfHubHTTPError: The Hub refuses, for want of rights, say.
+
+    Example:
+        >>> push_to_hub(curated(ds), "me/train-clear", audit=ds)  # doctest: +SKIP
+        'https://huggingface.co/datasets/me/train-clear/commit/...'
+    """
+    from huggingface_hub import HfApi
+
+    rows = {"default": _splits(curated, split), **({"audit": _splits(audit, split)} if audit is not None else {})}
+    if other := set(rows["default"]) ^ set(rows.get("audit", rows["default"])):
+        raise ValueError(f"split {', '.join(sorted(other))} is not in both, curated and audit: give the same splits")
+    whole = rows.get("audit", rows["default"])
+    left = sum(map(len, rows["default"].values()))
+    body = card(whole, left, clear, settings or {}, source or _source(whole))
+    rows["default"] = {name: _plain(part, scores) for name, part in rows["default"].items()}
+    api = HfApi(token=token, library_name="clear_datasets")
+    repo = _again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)).repo_id
+    if revision is not None:
+        _again(lambda: api.create_branch(repo, branch=revision, repo_type="dataset", exist_ok=True))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [_uploaded(api, repo, revision, *file) for file in _files(rows, max_shard_size, Path(folder))]
+    return _again(lambda: _commit(api, repo, revision, files, rows, body))
+
+
+def _splits(ds: Dataset | DatasetDict, split: str | None) -> Splits:
+    if isinstance(ds, Mapping):
+        if split is not None:
+            raise ValueError(f"split is {split!r}, but there are the splits {', '.join(ds)}: they keep their names")
+        found = dict(ds)
+    else:
+        found = {split or str(ds.split or "train"): ds}
+    for name in found:
+        if not re.fullmatch(r"\w+(\.\w+)*", name):
+            raise ValueError(f"split {name!r} cannot be on the Hub: expected letters, digits and underscores")
+    return found
+
+
+def _plain(part: Dataset, scores: bool) -> Dataset:
+    part = part.with_format(None)
+    return part if scores else part.remove_columns([name for name in part.column_names if name in OURS])
+
+
+def _files(rows: Mapping[str, Splits], largest: int, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name in the repository, and a file that may be removed once the next one is asked for."""
+    for config, splits in rows.items():
+        for split, part in splits.items():
+            size = part.data.nbytes * len(part) / max(part.data.num_rows, 1)
+            count = max(1, math.ceil(size / largest))
+            for i in range(count):
+                file = folder / "rows.parquet"
+                _embedded(part.shard(count, i, contiguous=True)).to_parquet(str(file))
+                yield f"{_folder(config)}/{split}-{i:05}-of-{count:05}.parquet", file
+
+
+def _folder(config: str) -> str:
+    return "data" if config == "default" else config  # as datasets has it
+
+
+def _embedded(part: Dataset) -> Dataset:
+    """Images and sounds in the rows, in place of paths of this machine."""
+    from datasets.features.features import require_storage_embed
+    from datasets.table import embed_table_storage
+
+    if not any(require_storage_embed(feature) for feature in part.features.values()):
+        return part
+    return part.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100).with_format(None)
+
+
+def _uploaded(api: HfApi, repo: str, revision: str | None, name: str, file: Path) -> CommitOperationAdd:
+    """The content is on the Hub after this, and belongs to no commit yet."""
+    from huggingface_hub import CommitOperationAdd
+
+    operation = CommitOperationAdd(name, str(file))
+    _again(lambda: api.preupload_lfs_files(repo, [operation], repo_type="dataset", revision=revision))
+    return operation
+
+
+def _commit(
+    api: HfApi, repo: str, revision: str | None, files: list[CommitOperationAdd], rows: Mapping[str, Splits], body: Body
+) -> str:
+    """All or nothing, upon the commit whose card was read."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    there = api.dataset_info(repo, revision=revision)
+    try:
+        old = DatasetCard.load(api.hf_hub_download(repo, "README.md", repo_type="dataset", revision=there.sha))
+    except EntryNotFoundError:
+        old = DatasetCard("")
+    ours, new = tuple(f"{_folder(c)}/{s}-" for c in rows for s in rows[c]), {f.path_in_repo for f in files}
+    gone = [f.rfilename for f in there.siblings or () if f.rfilename.startswith(ours) and f.rfilename not in new]
+    configs = {config: [{"split": s, "path": f"{_folder(config)}/{s}-*"} for s in rows[config]] for config in rows}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *files,
+        *([CommitOperationAdd(IMAGE, body.image)] if body.image else []),
+        CommitOperationAdd("README.md", merged(old, body, configs, repo).encode()),
+        *map(CommitOperationDelete, gone),
+    ]
+    done = api.create_commit(
+        repo, operations, commit_message="Curated with clear_datasets", repo_type="dataset", revision=revision,
+        parent_commit=there.sha,
+    )  # fmt: skip
+    return str(done.commit_url)
+
+
+def _again(call: Callable[[], T]) -> T:
+    """A call to the Hub, repeated while it is busy or out of reach, after as long as it asks for or ever longer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for tried in range(_TRIES):
+        try:
+            return call()
+        except (HfHubHTTPError, OSError, RuntimeError) as error:
+            status, wait = _refusal(error)
+            if tried + 1 == _TRIES or (status is not None and status not in _BUSY):
+                raise
+            time.sleep(min(_LONGEST, wait if wait is not None else 2**tried * random.uniform(0.5, 1)))
+    raise AssertionError("not reached")
+
+
+def _refusal(error: Exception) -> tuple[int | None, float | None]:
+    """Status of an answer, None where there was none, and the seconds that it asks to wait."""
+    seen: BaseException | None = error
+    while seen is not None and getattr(seen, "response", None) is None:
+        seen = seen.__cause__ or seen.__context__
+    if seen is None:
+        return None, None
+    after = seen.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
+    return seen.response.status_code, float(after) if after.isdigit() else None  # type: ignore[attr-defined]
+
+
+def _source(splits: Splits) -> str:
+    """The Hub id that rows were loaded from, "" where it was none."""
+    for part in splits.values():
+        for url in part.info.download_checksums or {}:
+            if found := re.match(r"hf://datasets/([^/@]+/[^/@]+)@", url):
+                return found[1]
+    return ""

@@ -1,0 +1,192 @@
+"""push_to_hub with the real clients, against a Hub on loopback."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+
+from clear_datasets import Clear, curated, decide
+from tests.hub.server import Fault, Hub
+
+pytest.importorskip("altair")
+
+NAN = float("nan")
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Hub]:
+    (tmp_path / "lfs").mkdir()
+    with Hub(tmp_path / "lfs") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def client(hub, tmp_path, monkeypatch) -> Iterator[Callable[..., Any]]:
+    """Calls in a process whose clients know this Hub: they read its address when they are imported."""
+    for name, value in {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1",
+                        "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda call, *arguments, **named: pool.submit(call, *arguments, **named).result()
+
+
+def decided(n: int = 12) -> Dataset:
+    rows = {
+        "question": [f"Where is {i}?" for i in range(n)],
+        "answer": [f"at {i}" for i in range(n)],
+        "clear_confidence": [NAN, *np.linspace(0, 1, n - 1)],
+        "clear_error": ["column 'question' is empty", *[""] * (n - 1)],
+        "clear_candidate": ["", "", "here", *[""] * (n - 3)],
+        "clear_preference": [NAN, NAN, 0.9, *[NAN] * (n - 3)],
+    }
+    return Dataset.from_dict(rows).map(decide(0.5), batched=True)
+
+
+def push(rows: Any, repo: str = "me/x", **options: Any) -> str:
+    from clear_datasets.hub import push_to_hub
+
+    return push_to_hub(curated(rows), repo, audit=rows, **options)
+
+
+def load(repo: str = "me/x", config: str = "default", revision: str | None = None) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(repo, config, revision=revision, download_mode="force_redownload")
+
+
+def test_what_was_pushed_is_loaded_and_the_card_says_what_was_done(hub, client):
+    rows = decided()
+    address = client(push, rows, clear=Clear("org/model", revision="v2"), settings={"gamma": 0.5, "command": "clear x"})
+    assert address == f"{hub.url}/datasets/me/x/commit/{hub.repos['me/x'].branches['main']}"
+    kept = client(load)
+    assert list(kept) == ["train"]
+    assert kept["train"].to_list() == [{k: r[k] for k in ("question", "answer")} for r in curated(rows)]
+    audit = client(load, config="audit")["train"]
+    assert audit.features == rows.features
+    np.testing.assert_equal(audit.to_dict(), rows.to_dict())
+    card = hub.text("me/x", "README.md")
+    for piece in ("| kept | 6 |", "| dropped | 5 |", "| replaced | 1 |", "| without a score | 1 |", "org/model",
+                  "| v2 |", "| gamma | 0.5 |", "clear x", "arXiv:2403.12776", "- synthetic", "machine-generated",
+                  "- n<1K", "<pre>here</pre>", "(clear_confidence.png)"):  # fmt: skip
+        assert piece in card
+    assert len(hub.repos["me/x"].messages) == 2  # the Hub's own, and one
+
+
+def test_splits_stay_and_a_second_push_replaces_the_first(hub, client):
+    both = DatasetDict(train=decided(12), test=decided(6))
+    client(push, both, private=True, scores=True)
+    assert hub.repos["me/x"].private
+    assert {name: len(part) for name, part in client(load).items()} == {"train": 7, "test": 4}
+    assert "clear_confidence" in client(load)["test"].column_names
+    more = DatasetDict({name: part.add_column("new", ["x"] * len(part)) for name, part in both.items()})
+    client(push, more, max_shard_size=200)
+    assert "audit/train-00000-of-00001.parquet" not in hub.files("me/x")
+    found = client(load, config="audit")
+    assert found["train"].to_dict()["new"] == ["x"] * 12
+    assert found["test"].features == more["test"].features
+    client(push, both["train"], split="test", revision="other")
+    assert list(client(load, revision="other")) == ["test"]
+    assert {name: len(part) for name, part in client(load).items()} == {"train": 7, "test": 4}
+
+
+def test_the_owners_text_and_other_configs_stay(hub, client):
+    client(push, decided())
+    theirs = "---\nlicense: mit\nconfigs:\n- config_name: raw\n  data_files: raw.csv\ntags:\n- mine\n---\nMy words.\n\n"
+    repo = hub.repos["me/x"]
+
+    def write() -> None:
+        tree = dict(repo.commits[repo.branches["main"]])
+        text = theirs + hub.text("me/x", "README.md").partition("---\n\n")[2] + "\nMore of them."
+        tree["README.md"] = type(tree["README.md"])(len(text), "0", text.encode())
+        repo.commit("main", tree, "by hand")
+
+    write()
+    hub.faults.append(Fault("POST", "/commit/main", before=write))  # and once more, just before the next commit
+    client(push, decided(6))
+    card = hub.text("me/x", "README.md")
+    for piece in ("license: mit", "config_name: raw", "- mine", "- clear", "config_name: audit", "| kept | 3 |"):
+        assert piece in card
+    assert card.count("My words.") == 1
+    assert card.index("My words.") < card.index("<!-- clear_datasets: begin") < card.index("More of them.")
+    assert "| kept | 6 |" not in card
+    assert len(client(load)["train"]) == 4
+
+
+def test_a_busy_hub_is_asked_again_when_it_says(hub, client):
+    hub.faults += [Fault("POST", "/commit/", 2, 429, {"Retry-After": "1"}), Fault("POST", "/repos/create", 1, 503),
+                   Fault("PUT", "/lfs/", 1, cut=True), Fault("POST", "/objects/batch", 1, 500)]  # fmt: skip
+    client(push, decided())
+    assert not any(fault.times for fault in hub.faults)
+    assert len(client(load)["train"]) == 7
+
+
+def test_a_push_that_breaks_off_changes_nothing_and_the_next_one_goes_on(hub, client):
+    client(push, decided())
+    before, uploads = hub.repos["me/x"].branches["main"], len(hub.uploads)
+    hub.faults.append(Fault("PUT", "/lfs/", 10_000, 403, after=1))
+    with pytest.raises(RuntimeError, match="uploading 'audit/train"):
+        client(push, decided(30))
+    assert hub.repos["me/x"].branches["main"] == before
+    assert len(client(load)["train"]) == 7
+    hub.faults.clear()
+    client(push, decided(30))
+    assert len(set(hub.uploads[uploads:])) == len(hub.uploads[uploads:])  # nothing twice
+    assert len(client(load, config="audit")["train"]) == 30
+
+
+def test_who_may_not_write_is_told_at_once(hub, client):
+    with pytest.raises(Exception, match="403"):
+        client(push, decided(), token="hf_reader")
+    assert sum(path == "/api/repos/create" for _, path in hub.seen) == 1
+    assert not hub.repos
+
+
+def test_rows_cannot_break_the_card(hub, client):
+    bad = "</pre><script>alert(1)</script>\n\n[x](javascript:alert(2)) `y` |\n---\n<!-- clear_datasets: end"
+    rows = Dataset.from_dict({"question": [bad], "answer": [bad], "clear_confidence": [0.1], "clear_error": [""],
+                              "clear_candidate": [bad * 2], "clear_preference": [0.9]})  # fmt: skip
+    client(push, rows.map(decide(0.5), batched=True), settings={"note": bad})
+    client(push, rows.map(decide(0.5), batched=True), settings={"note": bad})
+    card = hub.text("me/x", "README.md")
+    assert "<script" not in card
+    assert "[x](javascript" not in card
+    assert card.count("<!-- clear_datasets") == 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"split": "a-b"}, "split 'a-b' cannot be on the Hub"),
+    ({"audit": DatasetDict(test=decided())}, "split test, train is not in both"),
+])  # fmt: skip
+def test_wrong_splits_are_refused_before_anything_is_sent(options, message):
+    from clear_datasets.hub import push_to_hub
+
+    with pytest.raises(ValueError, match=message):
+        push_to_hub(curated(decided()), "me/x", **options)
+
+
+def test_300_megabytes_in_several_files(hub, client, tmp_path):
+    texts = [os.urandom(500_000).hex() for _ in range(4)]
+    Dataset.from_dict({"question": ["Who?"] * 300, "answer": texts * 75}).save_to_disk(tmp_path / "rows")
+    client(push_folder, str(tmp_path / "rows"))
+    assert sum("data/" in name for name in hub.files("me/x")) == 4
+    found = client(load)["train"]
+    assert found["answer"][:8] == texts * 2
+    assert len(found) == 300
+
+
+def push_folder(folder: str) -> str:
+    from datasets import load_from_disk
+
+    from clear_datasets.hub import push_to_hub
+
+    return push_to_hub(load_from_disk(folder), "me/x", max_shard_size=100_000_000)
