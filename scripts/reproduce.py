@@ -156,6 +156,9 @@ class Seed:
     def rows(self, arm: str) -> Dataset:
         if arm == "original":
             return self.noisy
+        if arm == "clean":
+            form = infer(self.noisy.features)
+            return self.noisy.map(lambda row: form.write(row, row["noise_original"]))
         if arm == "filter":
             return self.kept
         if arm in ("correct", "agreed"):

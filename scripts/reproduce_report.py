@@ -11,6 +11,7 @@ from datasets import Dataset
 from reproduce_tasks import Task
 
 ARMS = {
+    "clean": "all rows, each with its right target: more than curation can reach",
     "original": "all rows",
     "random": "as many random rows as the filter keeps",
     "random_length": "the same, with the lengths of the targets that the filter keeps",

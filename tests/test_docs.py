@@ -102,3 +102,13 @@ def test_the_readme_says_of_the_engines_what_was_measured():
         for name, (low, high) in each["least_and_most"].items()
     ]
     assert all(shown in text for shown in (times, counts, *rates))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "benchmarks").glob("reproduce_*.json")), ids=lambda f: f.stem)
+def test_the_readme_says_what_curation_gained(file, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from reproduce_report import tables
+
+    result, shown = json.loads(file.read_text()), (ROOT / "README.md").read_text().splitlines()
+    assert all(line in shown for line in tables(result).splitlines())
+    assert result["runs"][-1]["command"] in shown

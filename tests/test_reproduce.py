@@ -118,14 +118,15 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("result.work/1/**/*.parquet")}
     assert [p.parent.name.partition("-")[0] for p in sorted(done)] == ["1", "score"]
     assert json.loads(out.read_text())["less"] == {"original": {}, "filter": {}}
-    whole = reproduce(*arguments, "--arms", "original,random,filter,correct,agreed")
+    whole = reproduce(*arguments, "--arms", "clean,original,random,filter,correct,agreed")
     assert whole.returncode == 0, whole.stderr
     assert "fine-tuning filter" not in whole.stdout
-    assert whole.stdout.count("train_runtime") == 4
+    assert whole.stdout.count("train_runtime") == 5
     assert {p: p.stat().st_mtime_ns for p in done} == done
     result = json.loads(out.read_text())
     arms, curation = result["seeds"]["1"]["arms"], result["seeds"]["1"]["curation"]
-    assert set(arms) == {"original", "random", "random_length", "filter", "correct", "agreed"}
+    assert set(arms) == {"clean", "original", "random", "random_length", "filter", "correct", "agreed"}
+    assert (arms["clean"]["rows"], arms["clean"]["wrong"]) == (20, 0)
     assert arms["agreed"]["rows"] == arms["correct"]["rows"] + curation["agreed"]
     assert arms["original"]["rows"] == 20
     assert arms["original"]["wrong"] == sum(curation["wrong targets"].values()) == 4
