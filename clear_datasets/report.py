@@ -1,13 +1,29 @@
-"""A look at scored rows: a figure for notebooks and cards."""
+"""A look at scored rows: a page with a threshold to move, and a figure for notebooks and cards."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import base64
+import html
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clear_datasets.decide import threshold
+from clear_datasets.formats import Format, FormatError, infer_rows
 
 if TYPE_CHECKING:
     import altair
     from datasets import Dataset
 
+_SIGNALS = ("confidence", "consistency", "reflection", "preference", "position_bias")
+_LONGEST = 2000  # characters of a text on the page
 _COLOURS = {"keep": "#4c78a8", "replace": "#e9a13b", "drop": "#c44e52", "scored": "#4c78a8"}
 
 
@@ -29,8 +45,6 @@ def plot(ds: Dataset, gamma: float | None = None) -> altair.LayerChart:
         import altair as alt
     except ImportError as error:
         raise ImportError(f'plot() needs altair ({error}): pip install "clear-datasets[report]"') from error
-    import numpy as np
-
     if "clear_confidence" not in ds.column_names:
         raise ValueError("no column 'clear_confidence': run ds = ds.map(clear.score, batched=True) first")
     scores = np.asarray(ds.with_format(None)["clear_confidence"][:], dtype=float)
@@ -48,7 +62,7 @@ def plot(ds: Dataset, gamma: float | None = None) -> altair.LayerChart:
         alt.Chart(alt.InlineData(values=bars))
         .mark_bar()
         .encode(
-            x=alt.X("from:Q", title="confidence", scale=alt.Scale(domain=[0, 1])),
+            x=alt.X("from:Q", bin="binned", title="confidence", scale=alt.Scale(domain=[0, 1])),
             x2="to:Q",
             y=alt.Y("rows:Q", title="rows", stack=True),
             color=alt.Color(
@@ -62,3 +76,99 @@ def plot(ds: Dataset, gamma: float | None = None) -> altair.LayerChart:
     marks = [{"gamma": gamma}] if gamma is not None else []
     rule = alt.Chart(alt.InlineData(values=marks)).mark_rule(strokeDash=[4, 4]).encode(x="gamma:Q")
     return alt.LayerChart(layer=[base, rule]).properties(width=480, height=220)
+
+
+def report(
+    ds: Dataset,
+    out: str | os.PathLike[str],
+    *,
+    gamma: float | None = None,
+    eta: float = 0.8,
+    format: Format | None = None,
+    texts: int = 2000,
+    title: str = "Curated rows",
+) -> str:
+    """Write a page that shows scored rows, and what a threshold would keep, drop and replace as it is moved.
+
+    One file, which asks nothing of a network: distribution of the confidence and its parts, rows on either side of the
+    cut, changes of replaced targets word by word, reasons of failures, and, where the noise is known, precision
+    and recall. All figures are of all rows; their texts are those of `texts` rows, spread evenly over the confidence.
+
+    Args:
+        ds: Scored rows; with candidates and preferences, these are shown, too.
+        out: An HTML file.
+        gamma: Where the threshold stands at first; the median by default.
+        eta: The same of preferences.
+        format: Where rows keep prompt and target; inferred from the columns by default.
+        texts: How many rows are on the page with their texts.
+        title: Of the page.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ImportError: vl-convert-python is not installed.
+        ValueError: The rows have no scores.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise ImportError(f'report() needs vl-convert ({error}): pip install "clear-datasets[report]"') from error
+    from jinja2 import Environment
+
+    rows = ds.with_format(None)
+    numbers = {name: _numbers(rows, name) for name in _SIGNALS if f"clear_{name}" in rows.column_names}
+    if "confidence" not in numbers:
+        raise ValueError("no column 'clear_confidence': run ds = ds.map(clear.score, batched=True) first")
+    columns = {name: _packed(values) for name, values in numbers.items()}
+    if {"noise", "noise_original"} <= set(rows.column_names):
+        columns["noisy"] = _packed(np.array([bool(n) for n in rows["noise"]], dtype=np.uint8))
+    errors = Counter(e for e in rows["clear_error"] if e) if "clear_error" in rows.column_names else Counter()
+    order = np.argsort(numbers["confidence"], kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(texts, len(order))).round().astype(int))]
+    data = {
+        "columns": columns,
+        "gamma": threshold(rows) if gamma is None else gamma,
+        "eta": eta,
+        "rows": _texts(rows, sorted(chosen.tolist()), format),
+        "failures": errors.most_common(20),
+        "about": f"{len(rows):,} rows",
+    }
+    folder = files("clear_datasets").joinpath("page")
+    page = Environment().from_string(folder.joinpath("page.html.jinja").read_text())  # what is of the data is escaped
+    whole = page.render(
+        title=html.escape(title),
+        style=folder.joinpath("page.css").read_text(),
+        script=folder.joinpath("page.js").read_text(),
+        library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
+        data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+    )
+    Path(out).write_text(whole, encoding="utf-8")
+    return os.fspath(out)
+
+
+def _numbers(rows: Dataset, name: str) -> npt.NDArray[np.float32]:
+    return np.asarray(rows.select_columns(f"clear_{name}").with_format("arrow")[:][0].to_numpy(), dtype=np.float32)
+
+
+def _packed(values: npt.NDArray[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _texts(rows: Dataset, chosen: list[int], format: Format | None) -> list[dict[str, Any]]:
+    if not chosen:
+        return []
+    form = format or infer_rows(rows[:1000])
+    return [{"i": i, **_shown(row, form)} for i, row in zip(chosen, rows.select(chosen), strict=True)]
+
+
+def _shown(row: Mapping[str, Any], form: Format) -> dict[str, str]:
+    try:
+        example = form.read(row)
+        prompt, target = example.prompt[-1]["content"], example.response
+    except FormatError:
+        prompt, target = json.dumps({k: v for k, v in row.items() if not k.startswith("clear_")}, default=str), ""
+    more = {name: row.get(column) for name, column in
+            (("candidate", "clear_candidate"), ("error", "clear_error"), ("noise", "noise"))}  # fmt: skip
+    texts = {"prompt": prompt, "target": target, **{name: text for name, text in more.items() if text}}
+    return {name: text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …" for name, text in texts.items()}
