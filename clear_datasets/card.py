@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.resources import files
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
         "image": IMAGE if scored else "",
         "audited": "clear_decision" in whole.column_names,
         "command": more.pop("command", ""),
-        "settings": {_cell(name): _cell(value) for name, value in {**_settings(clear), **more}.items()},
+        "settings": {_cell(name): _cell(value) for name, value in {**settings_of(clear), **more}.items()},
         "examples": _examples(whole, clear),
     }
     return Body(values, image.getvalue(), data)
@@ -142,7 +144,7 @@ def _counts(rows: Dataset) -> dict[str, int]:
     return {**counts, "without a score": int(np.isnan(scores).sum())}
 
 
-def _settings(clear: Clear | None) -> dict[str, Any]:
+def settings_of(clear: Clear | None) -> dict[str, Any]:
     """Every setting by its name, those of parts by the name of the part."""
     if clear is None:
         return {}
@@ -151,8 +153,11 @@ def _settings(clear: Clear | None) -> dict[str, Any]:
         value = getattr(clear, field.name)
         if value is None or (field.name == "writer" and not value):
             continue
-        parts = is_dataclass(value) and field.name in ("confidence", "preference")
-        found[field.name] = value if not parts else repr(value)
+        if is_dataclass(value):
+            value = repr(value)
+        elif isinstance(value, str) and os.path.isabs(value):
+            value = Path(value).name  # no folders of this machine
+        found[field.name] = value
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clear_datasets import results
 from clear_datasets.files import check_out, load, write
 from clear_datasets.terminal import clear_errors, console, cost_table, summary
 
@@ -28,6 +29,10 @@ _EXAMPLES = """Examples:
   clear-datasets curate tatsu-lab/alpaca --split train -o curated/ --model Qwen/Qwen2.5-7B-Instruct
 
   clear-datasets curate train.jsonl -o curated.jsonl --model Qwen/Qwen2.5-7B-Instruct --correct
+
+  clear-datasets report curated.jsonl
+
+  clear-datasets push curated.jsonl me/train-curated
 
   clear-datasets estimate train.jsonl --model Qwen/Qwen2.5-7B-Instruct --correct --price-per-hour 2.5
 
@@ -192,6 +197,8 @@ def curate(
                 correcting.close()  # fine-tuning needs the memory
         write(decided, audit)
         write(curated(decided, form).select_columns([c for c in rows.column_names if c in decided.column_names]), out)
+        more = {"eta": eta, "keep_agreed": keep_agreed, "rounds": rounds} if correct else {}
+        results.keep_settings(out, clear, rows, gamma=cut, failed=failed.value, **more)
         summary(decided, out, clear, cut)
 
 
@@ -238,6 +245,10 @@ def estimate(
         size = batch_size or usual_batch_size()
         costs = estimate(rows, clear, correct=correct, keep=keep, probe=probe, batch_size=size, rounds=rounds)
         cost_table(costs, len(rows), price_per_hour)
+
+
+app.command(epilog=_EXAMPLES)(results.report)
+app.command(epilog=_EXAMPLES)(results.push)
 
 
 def _stages(out: Path, batch_size: int | None) -> Stages:

@@ -155,6 +155,13 @@ def write(ds: Dataset, out: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def write_text(file: Path, text: str) -> None:
+    """The same for a small file."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.rename(file)
+
+
 def _write_json(ds: Dataset, file: Path, array: bool) -> None:
     """As `Dataset.to_json` does, which goes through pandas: that rounds numbers, and makes 1.0 of 1 beside null."""
     with file.open("w", encoding="utf-8") as f:

@@ -7,7 +7,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -81,7 +81,7 @@ def push_to_hub(
         raise ValueError(f"split {', '.join(sorted(other))} is not in both, curated and audit: give the same splits")
     whole = rows.get("audit", rows["default"])
     left = sum(map(len, rows["default"].values()))
-    body = card(whole, left, clear, settings or {}, source or _source(whole))
+    body = card(whole, left, clear, settings or {}, source or source_of(whole.values()))
     rows["default"] = {name: _plain(part, scores) for name, part in rows["default"].items()}
     api = HfApi(token=token, library_name="clear_datasets")
     repo = _again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)).repo_id
@@ -199,9 +199,9 @@ def _refusal(error: Exception) -> tuple[int | None, float | None]:
     return seen.response.status_code, float(after) if after.isdigit() else None  # type: ignore[attr-defined]
 
 
-def _source(splits: Splits) -> str:
+def source_of(parts: Iterable[Dataset]) -> str:
     """The Hub id that rows were loaded from, "" where it was none."""
-    for part in splits.values():
+    for part in parts:
         for url in part.info.download_checksums or {}:
             if found := re.match(r"hf://datasets/([^/@]+/[^/@]+)@", url):
                 return found[1]

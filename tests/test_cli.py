@@ -53,7 +53,7 @@ def test_curate_writes_the_kept_rows_and_an_audit_of_all(source, tiny, tmp_path)
     assert sum(a["clear_decision"] == "keep" for a in scored) == len(scored) // 2
     for piece in ("kept", "dropped", "failed", "rows/s", "least confident", "confidence 0.4 to 0.5", "wrote"):
         assert piece in done.stderr
-    beside = ["clear_stages", "curated.jsonl", "curated.jsonl.audit.parquet"]
+    beside = ["clear_stages", "curated.jsonl", "curated.jsonl.audit.parquet", "curated.jsonl.settings.json"]
     assert sorted(p.name for p in out.parent.iterdir()) == beside
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import threading
@@ -14,7 +15,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from clear_datasets import Clear, curated, decide
+from tests.conftest import make_tiny
 from tests.hub.server import Fault, Hub
+from tests.test_cli import run
 
 pytest.importorskip("altair")
 
@@ -172,6 +175,33 @@ def test_wrong_splits_are_refused_before_anything_is_sent(options, message):
 
     with pytest.raises(ValueError, match=message):
         push_to_hub(curated(decided()), "me/x", **options)
+
+
+def test_the_command_line_pushes_what_curate_has_written(hub, client, tmp_path):
+    model = make_tiny(tmp_path / "model", ends=5, initializer_range=0.05)
+    rows = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "curated.jsonl"
+    done = run("curate", tmp_path / "rows.jsonl", "-o", out, "--model", model, "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    shown = run("report", out)
+    assert shown.returncode == 0, shown.stderr
+    assert "<title>curated.jsonl</title>" in (tmp_path / "curated.jsonl.html").read_text()
+    done = run("push", out, "me/x", "--private", "--source", "org/rows")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{hub.url}/datasets/me/x/commit/{hub.repos['me/x'].branches['main']}"
+    assert hub.repos["me/x"].private
+    assert client(load)["train"].to_list() == [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(client(load, config="audit")["train"]) == 6
+    card = hub.text("me/x", "README.md")
+    for piece in ("| model | model |", "| gamma |", "| confidence | BSDetector(", "datasets/org/rows", "- org/rows",
+                  "clear-datasets curate rows.jsonl -o curated.jsonl --model model --samples 1"):  # fmt: skip
+        assert piece in card
+    assert str(tmp_path) not in card
+    wrong = run("push", tmp_path / "rows.jsonl", "me/x")
+    assert (wrong.returncode, "have no scores" in wrong.stderr) == (1, True)
+    refused = run("push", out, "me/x", HF_TOKEN="hf_reader")
+    assert (refused.returncode, "403" in refused.stderr) == (1, True)
 
 
 def test_300_megabytes_in_several_files(hub, client, tmp_path):

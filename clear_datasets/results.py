@@ -1,0 +1,103 @@
+"""``clear-datasets report`` and ``push``: what `score` and `curate` have written, looked at and published."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clear_datasets.files import load, write_text
+from clear_datasets.terminal import clear_errors, console
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clear_datasets import Clear
+
+_Made = Annotated[Path, typer.Argument(metavar="OUT", help="What score or curate has written.")]
+_Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
+_Response = Annotated[str | None, typer.Option(help="Column of the target.")]
+
+
+def report(
+    out: _Made,
+    page: Annotated[Path | None, typer.Option("--output", "-o", help="The page (default: OUT.html).")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Where the threshold stands at first.")] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1, help="The same of preferences.")] = None,
+    prompt: _Prompt = None,
+    response: _Response = None,
+) -> None:
+    """Write a page on which rows and thresholds can be looked at; it needs no network."""
+    from clear_datasets.formats import Columns
+    from clear_datasets.report import report as write
+
+    with clear_errors():
+        rows, settings = _audit(out), settings_of(out)
+        gamma = settings.get("gamma") if gamma is None else gamma
+        eta = settings.get("eta", 0.8) if eta is None else eta
+        form = Columns(prompt, response) if prompt and response else None
+        file = write(rows, page or out.with_name(out.name + ".html"), gamma=gamma, eta=eta, format=form, title=out.name)
+        console.print(f"wrote {file}")
+
+
+def push(
+    out: _Made,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    split: Annotated[str, typer.Option(help="Name of the split.")] = "train",
+    source: Annotated[str | None, typer.Option(help="Hub id of the source, for the card.")] = None,
+) -> None:
+    """Push curated rows, all rows with their scores, and a card that says what was done, to the Hub."""
+    from clear_datasets.hub import push_to_hub
+
+    with clear_errors():
+        rows, settings = load(str(out), None, None, None, None), settings_of(out)
+        audit = _audit(out)
+        if "clear_decision" not in audit.column_names:
+            raise ValueError(f"{out} has no decisions: run clear-datasets curate first")
+        address = push_to_hub(
+            rows, repo, audit, settings=settings, source=source or settings.pop("source", None),
+            private=private or None, split=split, revision=revision,
+        )  # fmt: skip
+        print(address)
+
+
+def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:
+    """Write beside OUT what made it: the card of `push` says so."""
+    from clear_datasets.card import settings_of as described
+    from clear_datasets.hub import source_of
+
+    if source := source_of([rows]):
+        more["source"] = source
+    arguments = [Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]  # no folders of this machine
+    record = {**described(clear), **more, "command": shlex.join(["clear-datasets", *arguments])}
+    write_text(_settings_file(out), json.dumps(record, indent=1, default=str) + "\n")
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """What `keep_settings` has kept."""
+    file = _settings_file(out)
+    found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return dict(found)
+
+
+def _settings_file(out: Path) -> Path:
+    return out.with_name(out.name + ".settings.json")
+
+
+def _audit(out: Path) -> Dataset:
+    """All rows with their scores: beside OUT, or OUT itself."""
+    beside = out.with_name(out.name + ".audit.parquet")
+    rows = load(str(beside if beside.exists() else out), None, None, None, None)
+    if "clear_confidence" not in rows.column_names:
+        raise ValueError(
+            f"the rows of {out} have no scores, and {beside.name} is not there: give what curate has written"
+        )
+    return rows
