@@ -12,7 +12,9 @@ from clear_datasets.apply import curated, restore
 from clear_datasets.confidence import BSDetector
 from clear_datasets.decide import above, decide, threshold
 from clear_datasets.formats import Chat, Columns, Example, infer
+from clear_datasets.hub import push_to_hub
 from clear_datasets.preference import ByConfidence, Pairwise
+from clear_datasets.report import plot, report
 from clear_datasets.similarity import LLM, NLI, Embedding, Jaccard
 from clear_datasets.steps import Clear
 
@@ -34,8 +36,11 @@ __all__ = [
     "curated",
     "decide",
     "infer",
+    "plot",
     "prefer",
     "propose",
+    "push_to_hub",
+    "report",
     "restore",
     "score",
     "threshold",
