@@ -30,12 +30,16 @@ class Confidence:
         consistency: float32 [examples], how far the model's own answers agree with the response.
         reflection: float32 [examples], what the model says of the response when it is asked.
         errors: Why an example has no confidence; "" where it has one.
+        similarity: float32 [examples], the part of consistency that comes from the samples, s; nan where not asked for.
+        agreement: float32 [examples], its other part, r; nan where not asked for.
     """
 
     confidence: Scores
     consistency: Scores
     reflection: Scores
     errors: list[str]
+    similarity: Scores
+    agreement: Scores
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class BSDetector:
         """
         run = _Run(self, examples, engine)
         first = run.ask(run.questions)
-        consistency = run.consistency(first)
+        consistency, similarity, agreement = run.consistency(first)
         reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
         parts = [(self.beta, consistency), (1 - self.beta, reflection)]  # a part without weight is not asked for
         total = sum((np.float32(w) * part for w, part in parts if w), np.zeros(len(examples), dtype=np.float32))
@@ -161,7 +165,7 @@ class BSDetector:
                 if i in first and any(np.isnan(x).any() for x in first[i].read)
                 else "the similarity cannot compare the response with the model's own answers"
             )
-        return Confidence(total, consistency, reflection, run.errors)
+        return Confidence(total, consistency, reflection, run.errors, similarity, agreement)
 
 
 class _Run:
@@ -215,11 +219,12 @@ class _Run:
             scores[i] = (right + unsure / 2).mean()
         return scores
 
-    def consistency(self, first: dict[int, Answers]) -> Scores:
-        """Alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row."""
-        settings, scores = self.settings, np.full(len(self.examples), np.nan, dtype=np.float32)
+    def consistency(self, first: dict[int, Answers]) -> tuple[Scores, Scores, Scores]:
+        """Alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row; and the two."""
+        settings, size = self.settings, len(self.examples)
+        scores, means, agreements = (np.full(size, np.nan, dtype=np.float32) for _ in range(3))
         if settings.beta == 0:
-            return scores
+            return scores, means, agreements
         responses = {i: self.examples[i].response for i in first}
         samples = {i: [prompts.answer_of(t, settings.samples) for a in answers.generated for t in a]
                    for i, answers in first.items()}  # fmt: skip
@@ -232,11 +237,13 @@ class _Run:
                 else float(np.mean([words(s) == words(responses[i]) for s in samples[i]]))
             )
             near = np.array([next(similar) for _ in samples[i]], dtype=np.float32)
+            agreements[i] = agreement
             if not len(near):
                 scores[i] = agreement
             elif not np.isnan(near).all():
-                scores[i] = settings.alpha * np.nanmean(near) + (1 - settings.alpha) * agreement
-        return scores
+                means[i] = np.nanmean(near)
+                scores[i] = settings.alpha * means[i] + (1 - settings.alpha) * agreement
+        return scores, means, agreements
 
 
 def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:

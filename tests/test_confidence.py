@@ -184,7 +184,7 @@ def test_samples_are_cut_off_once_they_cannot_be_the_response():
         seen.extend((response, len(sample)) for response, sample in pairs)
         return np.ones(len(pairs), dtype=np.float32)
 
-    rows = [example("Why?", "the Alps"), example("Why?", "東京"), example("Why?", "y" * 1000)]
+    rows = [example("Why?", "the Alps"), example("Who?", "東京"), example("How?", "y" * 1000)]
     BSDetector(k=1, similarity=similarity)(rows, Rambling())
     assert seen == [("the Alps", 40), ("東京", 38), ("y" * 1000, 256)]
     seen.clear()
