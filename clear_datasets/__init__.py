@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from clear_datasets.apply import curated, restore
+from clear_datasets.calibrate import calibrate
 from clear_datasets.confidence import BSDetector
 from clear_datasets.decide import above, decide, threshold
 from clear_datasets.formats import Chat, Columns, Example, infer
@@ -33,6 +34,7 @@ __all__ = [
     "Jaccard",
     "Pairwise",
     "above",
+    "calibrate",
     "curated",
     "decide",
     "infer",

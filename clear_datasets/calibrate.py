@@ -1,0 +1,284 @@
+"""How well a confidence finds noise in one's own rows, and weights that find it better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clear_datasets import noise as makers
+from clear_datasets.confidence import BSDetector, Confidence
+from clear_datasets.engines import default_engine
+from clear_datasets.formats import FormatError, infer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clear_datasets.steps import Clear
+
+Interval = tuple[float, float, float]  # a figure, and the least and the most that it may be, with 95%
+Scores = npt.NDArray[np.float64]
+
+_FOLDS, _DRAWS = 5, 1000
+_GRID = tuple(round(0.1 * i, 1) for i in range(11))
+_NAMES = {"s": "similarity", "r": "agreement", "f": "reflection"}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What a threshold would do to rows like these.
+
+    Attributes:
+        gamma: The threshold.
+        kept: Share of the rows above it.
+        recall: Share of the wrong rows that are not kept.
+        precision: Share of the rows that are not kept that are wrong.
+    """
+
+    gamma: float
+    kept: float
+    recall: Interval
+    precision: Interval
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` has found.
+
+    Attributes:
+        clear: The steps, with the weights that were fitted where these are better.
+        gamma: A threshold for `decide`: where recall less the share of right rows that are lost is greatest.
+        signals: The AUROC of each signal, 0.5 is chance.
+        thresholds: What a threshold would do, for keeping a tenth to nine tenths of the rows.
+        rows: The rows with their noise and their scores, for `report`.
+        notes: What was found, in words.
+    """
+
+    clear: Clear
+    gamma: float
+    signals: dict[str, Interval]
+    thresholds: list[Threshold]
+    rows: Dataset
+    notes: list[str]
+
+
+def calibrate(
+    clear: Clear,
+    ds: Dataset,
+    *,
+    noise: Sequence[str] = ("swap", "truncate", "wrong_sentence"),
+    fraction: float = 0.2,
+    rows: int = 200,
+    among: Sequence[BSDetector] = (),
+    seed: int = 0,
+) -> Calibration:
+    """Put known noise into a sample of one's own rows, and see which signals find it.
+
+    A small model's signals can be worse than chance. No labels are needed: targets are made wrong on purpose, and the
+    rest is taken to be right, so that noise that is there already makes every figure a little too low. A signal whose
+    AUROC may be chance gets no weight. The others' weights are fitted in five folds, and taken only where they are
+    better than those of `clear` beyond the interval, on rows that they were not fitted on.
+
+    Args:
+        clear: The steps to calibrate.
+        ds: Rows in any format that `Clear.score` takes.
+        noise: Names of the makers of `clear_datasets.noise`; those that the rows do not allow are left out.
+        fraction: Share of the rows to make wrong.
+        rows: How many rows to take.
+        among: More estimators to try: other forms, other similarities.
+        seed: Of the choice of rows and noise.
+
+    Raises:
+        ValueError: None of the makers can be used on these rows, or none of them can be scored.
+    """
+    form = clear.format or infer(ds.features)
+    notes: list[str] = []
+    sample = _noisy(ds.with_format(None), noise, fraction, rows, seed, clear.format, notes)
+    examples, positions = [], []
+    for i, row in enumerate(sample):
+        try:
+            examples.append(form.read(row))
+            positions.append(i)
+        except FormatError:
+            continue
+    good = np.array([not sample[i]["noise"] for i in positions])
+    engine = clear.engine or default_engine(clear.model, clear.revision)
+    signals: dict[str, Interval] = {}
+    tried = [_Tried(e, _whole(e)(examples, engine), good, seed) for e in (clear.confidence, *among)]
+    for one in tried:
+        signals |= one.signals
+    own = tried[0].without_the_useless(notes)
+    best = max(tried, key=lambda one: one.fitted_auroc)
+    gain = _difference(best.out_of_fold, tried[0].scores(*own), good, seed)
+    chosen, weights = (best, best.weights) if gain[1] > 0 else (tried[0], own)
+    notes.append(
+        f"weights alpha={weights[0]}, beta={weights[1]} of {chosen.name}"
+        + (f": better by {gain[0]:.3f} ({gain[1]:.3f} to {gain[2]:.3f}) of AUROC on rows they were not fitted on"
+           if gain[1] > 0 else ", as fitted ones were not better beyond the interval")
+    )  # fmt: skip
+    scores = chosen.scores(*weights)
+    signals["confidence, as it is now"] = interval(scores, good, seed)
+    fitted = replace(clear, confidence=replace(chosen.estimator, alpha=weights[0], beta=weights[1]))
+    return Calibration(
+        fitted, _gamma(scores, good), signals, _thresholds(scores, good, seed),
+        _scored(sample, positions, scores, chosen), notes,
+    )  # fmt: skip
+
+
+def _noisy(
+    ds: Dataset, kinds: Sequence[str], fraction: float, rows: int, seed: int, form: Any, notes: list[str]
+) -> Dataset:
+    """An equal part of the rows for each maker that they allow."""
+    from datasets import concatenate_datasets
+
+    sample = ds.shuffle(seed=seed).select(range(min(rows, len(ds))))
+    left = list(kinds)
+    for kind in kinds:
+        try:
+            getattr(makers, kind)(sample, fraction, seed, format=form)
+        except (ValueError, KeyError) as error:
+            left.remove(kind)
+            notes.append(f"without {kind}: {error}")
+    while left:
+        try:
+            parts = [
+                getattr(makers, k)(sample.shard(len(left), i), fraction, seed, format=form) for i, k in enumerate(left)
+            ]
+            return concatenate_datasets(parts)
+        except ValueError as error:  # too few rows for all of them
+            notes.append(f"without {left.pop()}: {error}")
+    raise ValueError(f"none of the noises {', '.join(kinds)} can be put into these rows: {'; '.join(notes)}")
+
+
+def _whole(estimator: BSDetector) -> BSDetector:
+    """The same, with all parts asked for."""
+    alpha = estimator.alpha if 0 < estimator.alpha < 1 else 0.5
+    return replace(estimator, alpha=alpha, beta=estimator.beta if 0 < estimator.beta < 1 else 0.7)
+
+
+class _Tried:
+    """An estimator's parts on the rows, and the weights that suit them."""
+
+    def __init__(self, estimator: BSDetector, found: Confidence, good: npt.NDArray[np.bool_], seed: int) -> None:
+        self.estimator, self.found, self.good, self.seed = estimator, found, good, seed
+        self.name = f"{estimator.samples}, {type(estimator.similarity).__name__}"
+        self.parts = {"s": found.similarity, "r": found.agreement, "f": found.reflection}
+        if all(np.isnan(part).all() for part in self.parts.values()):
+            raise ValueError(f"none of the rows could be scored: {next((e for e in found.errors if e), 'no reason')}")
+        self.signals = {f"{self.name}: {_NAMES[p]}": interval(v, good, seed) for p, v in self.parts.items()}
+        whole = self.scores(estimator.alpha, estimator.beta)
+        self.signals[f"{self.name}: confidence"] = interval(whole, good, seed)
+        self.useless = {p for p in self.parts if not self.signals[f"{self.name}: {_NAMES[p]}"][1] > 0.5}
+        self.weights = self._best(np.ones(len(good), dtype=bool))
+        self.out_of_fold = np.full(len(good), np.nan)
+        for fold in self._folds():
+            self.out_of_fold[fold] = self.scores(*self._best(~fold))[fold]
+        self.fitted_auroc = makers.auroc(self.out_of_fold.tolist(), good.tolist())
+
+    def scores(self, alpha: float, beta: float) -> Scores:
+        """Confidence by other weights; a part without weight does not matter, be it nan."""
+        weights = {"s": alpha * beta, "r": (1 - alpha) * beta, "f": 1 - beta}
+        total: Scores = np.zeros(len(self.good))
+        for part, weight in weights.items():
+            total = total + weight * self.parts[part] if weight else total
+        return total
+
+    def without_the_useless(self, notes: list[str]) -> tuple[float, float]:
+        """The estimator's own weights, those of signals that tell nothing set to 0."""
+        alpha, beta = self.estimator.alpha, self.estimator.beta
+        for part in sorted(self.useless):
+            value, low, high = self.signals[f"{self.name}: {_NAMES[part]}"]
+            notes.append(
+                f"{_NAMES[part]} of {self.name} tells nothing here: AUROC {value:.3f} ({low:.3f} to {high:.3f})"
+            )
+        if self.useless == set(self.parts):
+            notes.append("no signal tells anything here: do not use the scores of this model on these rows")
+            return alpha, beta
+        if {"s", "r"} <= self.useless:
+            return alpha, 0.0
+        alpha = 0.0 if "s" in self.useless else 1.0 if "r" in self.useless else alpha
+        return alpha, 1.0 if "f" in self.useless else beta
+
+    def _best(self, rows: npt.NDArray[np.bool_]) -> tuple[float, float]:
+        """Weights of the greatest AUROC on some rows; of equal ones the nearest to the estimator's own."""
+        alphas = [a for a in _GRID if not ("s" in self.useless and a > 0) and not ("r" in self.useless and a < 1)]
+        betas = [b for b in _GRID if not ("f" in self.useless and b < 1) and not ({"s", "r"} <= self.useless and b > 0)]
+        own = self.estimator.alpha, self.estimator.beta
+        pairs = [(a, b) for a in alphas or (own[0],) for b in betas or (own[1],)]
+        good = self.good[rows].tolist()
+
+        def worth(weights: tuple[float, float]) -> tuple[float, float]:
+            auroc = makers.auroc(self.scores(*weights)[rows].tolist(), good)
+            return round(auroc, 4), -abs(weights[0] - own[0]) - abs(weights[1] - own[1])
+
+        return max(pairs, key=worth)
+
+    def _folds(self) -> list[npt.NDArray[np.bool_]]:
+        """Fifths of the rows, each with its share of wrong ones."""
+        order = np.random.default_rng(self.seed).permutation(len(self.good))
+        order = order[np.argsort(self.good[order], kind="stable")]
+        number = np.empty(len(order), dtype=int)
+        number[order] = np.arange(len(order)) % _FOLDS
+        return [number == fold for fold in range(_FOLDS)]
+
+
+def interval(scores: npt.ArrayLike, good: npt.NDArray[np.bool_], seed: int = 0) -> Interval:
+    """AUROC with its 95% bootstrap interval."""
+    values = np.asarray(scores, dtype=float)
+    return _bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
+
+
+def _difference(ours: Scores, theirs: Scores, good: npt.NDArray[np.bool_], seed: int) -> Interval:
+    def gain(rows: npt.NDArray[Any]) -> float:
+        kinds = good[rows].tolist()
+        return makers.auroc(ours[rows].tolist(), kinds) - makers.auroc(theirs[rows].tolist(), kinds)
+
+    return _bootstrap(gain, len(good), seed)
+
+
+def _bootstrap(figure: Any, size: int, seed: int) -> Interval:
+    draws = np.random.default_rng(seed).integers(0, size, (_DRAWS, size))
+    found = [figure(rows) for rows in draws]
+    low, high = np.nanpercentile(found, [2.5, 97.5]) if not np.isnan(found).all() else (float("nan"),) * 2
+    return float(figure(np.arange(size))), float(low), float(high)
+
+
+def _gamma(scores: Scores, good: npt.NDArray[np.bool_]) -> float:
+    known = ~np.isnan(scores)
+    values = np.unique(scores[known])
+    cuts = (values[:-1] + values[1:]) / 2 if len(values) > 1 else values
+    worth = [np.mean(scores[known & ~good] <= cut) - np.mean(scores[known & good] <= cut) for cut in cuts]
+    return float(cuts[int(np.argmax(worth))])
+
+
+def _thresholds(scores: Scores, good: npt.NDArray[np.bool_], seed: int) -> list[Threshold]:
+    known = ~np.isnan(scores)
+    values, wrong = scores[known], ~good[known]
+    found = []
+    for kept in _GRID[1:-1]:
+        gamma = float(np.quantile(values, 1 - kept))
+        out = values <= gamma
+
+        def recall(rows: npt.NDArray[Any], out: npt.NDArray[np.bool_] = out) -> float:
+            return float(out[rows][wrong[rows]].mean()) if wrong[rows].any() else float("nan")
+
+        def precision(rows: npt.NDArray[Any], out: npt.NDArray[np.bool_] = out) -> float:
+            return float(wrong[rows][out[rows]].mean()) if out[rows].any() else float("nan")
+
+        figures = (_bootstrap(figure, len(values), seed) for figure in (recall, precision))
+        found.append(Threshold(gamma, float(1 - out.mean()), *figures))
+    return found
+
+
+def _scored(sample: Dataset, positions: list[int], scores: Scores, chosen: _Tried) -> Dataset:
+    added: dict[str, npt.NDArray[Any]] = {"clear_confidence": scores, "clear_consistency": chosen.found.consistency,
+             "clear_reflection": chosen.found.reflection}  # fmt: skip
+    rows = sample
+    for name, values in added.items():
+        column = np.full(len(sample), np.nan, dtype=np.float32)
+        column[positions] = values
+        rows = rows.add_column(name, column)
+    return rows

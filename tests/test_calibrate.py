@@ -1,0 +1,93 @@
+"""calibrate: noise in one's own rows, and weights that find it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from clear_datasets import BSDetector, Clear, Columns, decide, noise
+from clear_datasets.calibrate import calibrate
+from clear_datasets.engines import Messages
+from tests.conftest import Scripted
+
+N = 150
+ROWS = Dataset.from_dict(
+    {
+        "question": [f"What is {i}?" for i in range(N)],
+        "answer": [f"thing{i} kind{i} and{i} more{i}" for i in range(N)],
+    }
+)
+KNOWS = tuple((f"What is {i}?", ROWS["answer"][i]) for i in range(N) if i % 3)  # the right answer, to two of three
+
+
+@dataclass(frozen=True)
+class Contrary(Scripted):
+    """Calls wrong targets right, and right ones wrong."""
+
+    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
+        texts = ["\n".join(m["content"] for m in p) for p in prompts]
+        right = [any(q in t and a in t for q, a in zip(ROWS["question"], ROWS["answer"], strict=True)) for t in texts]
+        first = np.where(right, 0.1, 0.9).astype(np.float32)
+        return np.stack([first, *[(1 - first) / (len(labels) - 1)] * (len(labels) - 1)], axis=1)
+
+
+def test_signals_that_tell_nothing_have_no_weight_and_are_named():
+    found = calibrate(Clear(engine=Scripted(answers=KNOWS)), ROWS, noise=["swap"], rows=N)
+    assert found.signals["direct, Jaccard: similarity"][1] > 0.7
+    assert found.signals["direct, Jaccard: reflection"][0] == found.signals["direct, Jaccard: agreement"][0] == 0.5
+    assert (found.clear.confidence.alpha, found.clear.confidence.beta) == (1, 1)
+    assert found.clear.confidence.k == 5
+    named = "\n".join(found.notes)
+    assert "reflection of direct, Jaccard tells nothing" in named
+    assert "agreement of direct, Jaccard tells nothing" in named
+    assert "similarity of" not in named
+
+
+def test_a_signal_that_is_worse_than_chance_loses_its_weight():
+    clear = Clear(engine=Contrary(answers=KNOWS), confidence=BSDetector(beta=0.3))
+    before = calibrate(clear, ROWS, noise=["swap"], rows=N).signals
+    assert before["direct, Jaccard: reflection"][0] == 0
+    assert before["direct, Jaccard: confidence"][0] < 0.5 < 0.75 < before["confidence, as it is now"][0]
+
+
+def test_what_is_predicted_for_a_threshold_holds_on_other_rows():
+    clear = Clear(engine=Scripted(answers=KNOWS))
+    found = calibrate(clear, ROWS, noise=["swap", "truncate"], rows=N, fraction=0.3)
+    assert {n for n in found.rows["noise"] if n} == {"swap", "truncate"}
+    others = noise.swap(ROWS, 0.3, seed=7).map(found.clear.score, batched=True)
+    median = next(t for t in found.thresholds if t.kept == pytest.approx(0.5, abs=0.2))
+    assert median.recall[1] <= median.recall[0] <= median.recall[2]
+    decided = others.map(decide(found.gamma), batched=True)
+    wrong = [d != "keep" for d, n in zip(decided["clear_decision"], decided["noise"], strict=True) if n]
+    right = [d != "keep" for d, n in zip(decided["clear_decision"], decided["noise"], strict=True) if not n]
+    assert np.mean(wrong) - np.mean(right) > 0.5
+
+
+def test_more_estimators_are_tried_and_taken_only_where_they_are_better():
+    clear = Clear(engine=Scripted(answers=KNOWS), confidence=BSDetector(similarity=_nothing))
+    found = calibrate(clear, ROWS, noise=["swap"], rows=N, among=[BSDetector()])
+    assert found.clear.confidence.similarity == BSDetector().similarity
+    assert "better by" in found.notes[-1]
+    same = calibrate(Clear(engine=Scripted(answers=KNOWS)), ROWS, noise=["swap"], rows=N, among=[BSDetector(k=9)])
+    assert same.clear.confidence.k == 5
+    assert "not better beyond the interval" in same.notes[-1]
+
+
+def _nothing(pairs, engine):
+    return np.full(len(pairs), 0.5, dtype=np.float32)
+
+
+def test_noise_that_the_rows_do_not_allow_is_left_out():
+    found = calibrate(Clear(engine=Scripted(answers=KNOWS)), ROWS, noise=["wrong_sentence", "swap"], rows=60)
+    assert found.notes[0].startswith("without wrong_sentence: ")
+    with pytest.raises(ValueError, match="none of the noises wrong_sentence, corrupt_json"):
+        calibrate(Clear(engine=Scripted()), ROWS, noise=["wrong_sentence", "corrupt_json"])
+    with pytest.raises(ValueError, match="none of the rows could be scored: the prompt has"):
+        calibrate(Clear(engine=Scripted(limit=3)), ROWS, noise=["swap"])
+    named = Dataset.from_dict({"q": ROWS["question"], "a": ROWS["answer"]})
+    form = Columns("q", "a")
+    assert calibrate(Clear(engine=Scripted(answers=KNOWS), format=form), named, noise=["swap"]).gamma > 0
