@@ -48,9 +48,9 @@ class _Failed(StrEnum):
 
 
 class _Judge(StrEnum):
+    confidence = "confidence"
     pairwise = "pairwise"
     reasoned = "reasoned"
-    confidence = "confidence"
 
 
 _Source = Annotated[
@@ -80,7 +80,7 @@ _Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes 
 _Rounds = Annotated[
     int, typer.Option(min=1, help="How often to write candidates, by a model trained on the last round.")
 ]
-_JUDGING = "How MODEL judges candidates: which is better, with or without reasons, or by its confidence in each."
+_JUDGING = "How MODEL judges candidates: by its confidence in each, or which is better, without or with reasons."
 _Preference = Annotated[_Judge, typer.Option(help=_JUDGING)]
 
 
@@ -146,7 +146,7 @@ def curate(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Fine-tune MODEL to write them (the default without --writer).")
     ] = False,
-    preference: _Preference = _Judge.pairwise,
+    preference: _Preference = _Judge.confidence,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Preference above which a candidate replaces.")] = 0.8,
     keep_agreed: Annotated[
         bool, typer.Option("--keep-agreed", help="Keep less confident rows whose target the writer repeats.")
@@ -212,7 +212,7 @@ def estimate(
     probe: Annotated[int, typer.Option(min=2, help="Rows to run; on a GPU, let it have as many as a batch.")] = 50,
     keep: _Keep = 0.5,
     rounds: _Rounds = 1,
-    preference: _Preference = _Judge.pairwise,
+    preference: _Preference = _Judge.confidence,
     model_revision: _ModelRevision = None,
     split: _Split = None,
     config: _Config = None,
@@ -257,11 +257,11 @@ def _stages(out: Path, batch_size: int | None) -> Stages:
     return Stages(out.parent / "clear_stages", batch_size or usual_batch_size())
 
 
-def _judge(name: _Judge, k: int) -> Preference:
-    from clear_datasets import BSDetector, ByConfidence, Pairwise
+def _judge(name: _Judge, k: int) -> Preference | None:
+    from clear_datasets import BSDetector, Pairwise
 
     if name is _Judge.confidence:
-        return ByConfidence(BSDetector(k=k))
+        return None  # the default
     return Pairwise(BSDetector(k=k, samples="reasoned", reflection="reasoned") if name is _Judge.reasoned else None)
 
 

@@ -114,7 +114,8 @@ class ByConfidence:
 
     With c and t, BSDetector's confidence in candidate and target: ``preference = c (1 - t) / (c (1 - t) + t (1 - c))``,
     the chance that the candidate is right where one of them is. Both are compared with the same samples; exchanged in
-    one batch (with `Transformers`, in any) they give 1 - preference. For models that are too small to judge a pair.
+    one batch (with `Transformers`, in any) they give 1 - preference. The default, as models of 0.5B and 1.5B parameters
+    are never sure which answer of a pair is better (docs/log.md).
 
     Args:
         confidence: The estimator.

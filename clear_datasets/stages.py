@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.confidence import BSDetector
-from clear_datasets.preference import Pairwise
 from clear_datasets.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -69,16 +68,14 @@ class Stages:
 
     def score(self, rows: Dataset, clear: Clear) -> Dataset:
         """`Clear.score` on all rows."""
-        clear = replace(
-            clear, preference=Pairwise(), writer=None, gamma=None
-        )  # whatever these are, scores are the same
+        clear = replace(clear, preference=None, writer=None, gamma=None)  # whatever these are, scores are the same
         return self.run(rows, clear.score, "score", "scoring")
 
     def correct(self, scored: Dataset, clear: Clear) -> Dataset:
         """`Clear.propose` and `Clear.prefer` on all rows."""
-        writing = replace(clear, preference=Pairwise(), confidence=BSDetector())
+        writing = replace(clear, preference=None, confidence=BSDetector())
         proposed = self.run(scored, writing.propose, "propose", "writing candidates")
-        judging = replace(clear, confidence=BSDetector())
+        judging = replace(clear, preference=clear.judge, confidence=BSDetector())
         return self.run(proposed, judging.prefer, "prefer", "judging candidates")
 
 

@@ -16,7 +16,7 @@ from clear_datasets.confidence import BSDetector
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
-from clear_datasets.preference import Pairwise, Preference
+from clear_datasets.preference import ByConfidence, Preference
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -43,7 +43,7 @@ class Clear:
         engine: What runs the model; the default is chosen for the machine.
         format: Where rows keep prompt and target; inferred from the columns by default.
         confidence: The estimator.
-        preference: Which of two responses is better.
+        preference: Which of two responses is better; by default `ByConfidence` with the estimator of `confidence`.
         writer: A LoRA adapter or a checkpoint that writes candidates; see `with_writer`.
         gamma: The confidence at or below which rows get a candidate; None for all.
 
@@ -61,7 +61,7 @@ class Clear:
     engine: Engine | None = field(default=None, kw_only=True)
     format: Format | None = field(default=None, kw_only=True)
     confidence: BSDetector = field(default_factory=BSDetector, kw_only=True)
-    preference: Preference = field(default_factory=Pairwise, kw_only=True)
+    preference: Preference | None = field(default=None, kw_only=True)
     writer: str | None = field(default=None, kw_only=True)
     gamma: float | None = field(default=None, kw_only=True)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)
@@ -88,6 +88,11 @@ class Clear:
             'out/adapter'
         """
         return replace(self, writer=os.fspath(writer), gamma=gamma)
+
+    @property
+    def judge(self) -> Preference:
+        """The preference, or that by default."""
+        return self.preference or ByConfidence(self.confidence)
 
     def score(self, batch: Any, rank: int | None = None) -> Any:
         """A step for ``ds.map(clear.score, batched=True)``: how confident the model is that each target is right.
@@ -194,7 +199,7 @@ class Clear:
         added = {name: np.full(len(errors), np.nan, np.float32) for name in ("clear_preference", "clear_position_bias")}
         reasons: list[str] = []
         if judged:
-            found = self.preference([pairs[i][0] for i in judged], [pairs[i][1] for i in judged], self._base(rank))
+            found = self.judge([pairs[i][0] for i in judged], [pairs[i][1] for i in judged], self._base(rank))
             added["clear_preference"][judged] = found.preference
             added["clear_position_bias"][judged] = found.position_bias
             reasons = found.errors

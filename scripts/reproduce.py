@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--eta", type=float, default=0.8, help="preference above which a candidate replaces")
-    parser.add_argument("--preference", choices=PREFERENCES, default="pairwise", help="how candidates are judged")
+    parser.add_argument("--preference", choices=PREFERENCES, default="confidence", help="how candidates are judged")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     args = parser.parse_args()
     if unknown := set(args.arms) - set(ARMS):

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets.fingerprint import Hasher
 
 import clear_datasets
-from clear_datasets import BSDetector, Chat, Clear, Columns
+from clear_datasets import BSDetector, ByConfidence, Chat, Clear, Columns, Pairwise
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.formats import FormatError
 from tests.conftest import Scripted, make_tiny
@@ -211,7 +211,7 @@ def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_ba
         "clear_error": ["", "", "", "", "", "column 'question' is empty"],
     }
     engine = Tunable(yes=("Which answer is better",))  # the first label is likely
-    clear = Clear(engine=engine).with_writer("the Alps", gamma=0.5)
+    clear = Clear(engine=engine, preference=Pairwise()).with_writer("the Alps", gamma=0.5)
     ds = Dataset.from_dict(rows)
     proposed = ds.map(clear.propose, batched=True, batch_size=4)
     assert proposed["clear_candidate"][:] == ["the Alps", "", "", "", "the Alps", ""]
@@ -231,6 +231,15 @@ def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_ba
     assert judged.select_columns(["question", "answer", "clear_confidence"])[0] == {
         "question": "Where?", "answer": "Rome", "clear_confidence": 0.2
     }  # fmt: skip
+
+
+def test_by_default_the_estimator_that_scores_judges_candidates():
+    rows = {"question": ["Where?", "Who?"], "answer": ["Rome", "Ada"], "clear_candidate": ["the Alps", "Grace"]}
+    engine, estimator = Scripted(answers=(("Where?", "the Alps"), ("Who?", "Ada"))), BSDetector(k=2, alpha=1)
+    judged = Clear(engine=engine, confidence=estimator).prefer(rows)
+    same = Clear(engine=engine, preference=ByConfidence(estimator)).prefer(rows)
+    np.testing.assert_array_equal(judged["clear_preference"], same["clear_preference"])
+    assert judged["clear_preference"][0] > 0.5 > judged["clear_preference"][1]
 
 
 def test_steps_say_which_one_is_missing():
