@@ -53,7 +53,7 @@ def restore(ds: D, format: Format | None = None) -> D:
         ds: What `curated` made.
         format: As for `curated`.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from clear_datasets import decide
         >>> ds = Dataset.from_dict({"question": ["2 + 2?"], "answer": ["5"], "clear_confidence": [0.1],

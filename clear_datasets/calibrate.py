@@ -92,8 +92,11 @@ def calibrate(
         seed: Of the choice of rows and noise.
 
     Raises:
+        TypeError: The estimator is not `BSDetector`.
         ValueError: None of the makers can be used on these rows, or none of them can be scored.
     """
+    if not isinstance(clear.confidence, BSDetector):
+        raise TypeError(f"weights are fitted of BSDetector's parts; {type(clear.confidence).__name__} has none")
     form = clear.format or infer(ds.features)
     notes: list[str] = []
     sample = _noisy(ds.with_format(None), noise, fraction, rows, seed, clear.format, notes)
@@ -136,20 +139,14 @@ def _noisy(
 
     sample = ds.shuffle(seed=seed).select(range(min(rows, len(ds))))
     left = list(kinds)
-    for kind in kinds:
-        try:
-            getattr(makers, kind)(sample, fraction, seed, format=form)
-        except (ValueError, KeyError) as error:
-            left.remove(kind)
-            notes.append(f"without {kind}: {error}")
     while left:
+        parts: list[Dataset] = []
         try:
-            parts = [
-                getattr(makers, k)(sample.shard(len(left), i), fraction, seed, format=form) for i, k in enumerate(left)
-            ]
+            for i, kind in enumerate(left):
+                parts.append(getattr(makers, kind)(sample.shard(len(left), i), fraction, seed, format=form))
             return concatenate_datasets(parts)
-        except ValueError as error:  # too few rows for all of them
-            notes.append(f"without {left.pop()}: {error}")
+        except (ValueError, KeyError) as error:
+            notes.append(f"without {left.pop(len(parts))}: {error}")  # the others share its rows
     raise ValueError(f"none of the noises {', '.join(kinds)} can be put into these rows: {'; '.join(notes)}")
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets.formats import Format
-    from clear_datasets.preference import Preference
     from clear_datasets.stages import Stages
 
 _EXAMPLES = """Examples:
@@ -161,10 +160,11 @@ def curate(
     that was done (clear_stages, beside OUT) or the last checkpoint of fine-tuning.
     """
     from clear_datasets import BSDetector, Clear, curated, decide, threshold
+    from clear_datasets.preference import by_name
     from clear_datasets.stages import train_writer
 
     with clear_errors(2):
-        audit = out.with_name(out.name + ".audit.parquet")
+        audit = results.audit_file(out)
         check_out(out, src)
         check_out(audit, src)
         if not correct and (writer or finetune or keep_agreed or rounds > 1):
@@ -175,7 +175,11 @@ def curate(
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
         clear = Clear(
-            model, model_revision, format=form, confidence=BSDetector(k=samples), preference=_judge(preference, samples)
+            model,
+            model_revision,
+            format=form,
+            confidence=BSDetector(k=samples),
+            preference=by_name(preference, samples),
         )
         stages = _stages(out, batch_size)
         scored = stages.score(rows, clear)
@@ -193,8 +197,6 @@ def curate(
             if writer is None:
                 train_writer(decided, correcting)
             decided = stages.correct(scored, correcting).map(decision, batched=True)
-            if number + 1 < rounds:
-                correcting.close()  # fine-tuning needs the memory
         write(decided, audit)
         write(curated(decided, form).select_columns([c for c in rows.column_names if c in decided.column_names]), out)
         more = {"eta": eta, "keep_agreed": keep_agreed, "rounds": rounds} if correct else {}
@@ -229,6 +231,7 @@ def estimate(
     """Say what `curate` will take: tokens, time and money, from a run on a few random rows of SRC."""
     from clear_datasets import BSDetector, Clear
     from clear_datasets.estimate import estimate
+    from clear_datasets.preference import by_name
     from clear_datasets.stages import usual_batch_size
 
     with clear_errors(2):
@@ -238,7 +241,11 @@ def estimate(
         rows = load(src, split, config, revision, limit)
         form = _format(rows, prompt, response, input, context, system)
         clear = Clear(
-            model, model_revision, format=form, confidence=BSDetector(k=samples), preference=_judge(preference, samples)
+            model,
+            model_revision,
+            format=form,
+            confidence=BSDetector(k=samples),
+            preference=by_name(preference, samples),
         )
         clear = clear.with_writer(writer) if writer else clear
         console.print(f"running {min(probe, len(rows)):,} of {len(rows):,} rows")
@@ -255,14 +262,6 @@ def _stages(out: Path, batch_size: int | None) -> Stages:
     from clear_datasets.stages import Stages, usual_batch_size
 
     return Stages(out.parent / "clear_stages", batch_size or usual_batch_size())
-
-
-def _judge(name: _Judge, k: int) -> Preference | None:
-    from clear_datasets import BSDetector, Pairwise
-
-    if name is _Judge.confidence:
-        return None  # the default
-    return Pairwise(BSDetector(k=k, samples="reasoned", reflection="reasoned") if name is _Judge.reasoned else None)
 
 
 def _format(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,31 @@ class Confidence:
     errors: list[str]
     similarity: Scores
     agreement: Scores
+
+    @classmethod
+    def of(cls, confidence: npt.ArrayLike, errors: Sequence[str]) -> Confidence:
+        """A confidence without parts, as an estimator of one's own may have it.
+
+        Args:
+            confidence: [examples] in [0, 1]; nan where there is none.
+            errors: Why an example has none; "" where it has one.
+
+        Examples:
+            >>> Confidence.of([0.5, float("nan")], ["", "too long"]).consistency
+            array([nan, nan], dtype=float32)
+        """
+        scores, none = np.asarray(confidence, dtype=np.float32), np.full(len(errors), np.nan, dtype=np.float32)
+        if scores.shape != none.shape:
+            raise ValueError(f"scores of shape {scores.shape} for {len(errors)} examples; expected one for each")
+        return cls(scores, none, none, list(errors), none, none)
+
+
+class Estimator(Protocol):
+    """How confident a model is that each response is right. `BSDetector` is one."""
+
+    def __call__(self, examples: Sequence[Example], engine: Engine) -> Confidence:
+        """Scores and reasons, in the order of the examples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class BSDetector:
     Raises:
         ValueError: A setting is out of its range.
 
-    Example:
+    Examples:
         >>> BSDetector(k=8).k
         8
 
@@ -129,7 +155,7 @@ class BSDetector:
     def limit(self, response: str) -> int:
         """Tokens after which a sample is cut off that is to be compared with a response.
 
-        Example:
+        Examples:
             >>> BSDetector().limit("the Alps")
             40
         """

@@ -33,7 +33,7 @@ def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear
         ValueError: `keep` is out of range, the column is not there, or no row has a score.
         TypeError: A stream was given, whose quantiles are not known before its end.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> threshold(Dataset.from_dict({"clear_confidence": [0.1, 0.9, 0.4, 0.6, float("nan")]}))
         0.5
@@ -78,7 +78,7 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         failed: What becomes of rows without a score: "keep", "drop" or "raise".
         column: Column of the confidence.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> ds = Dataset.from_dict({"clear_confidence": [0.1, 0.9, float("nan")]})
         >>> ds.filter(above(0.5))["clear_confidence"][:]
@@ -137,7 +137,7 @@ def decide(
     Raises:
         ValueError: A setting is none of those above.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> from clear_datasets import curated
         >>> ds = Dataset.from_dict({"question": ["Where?"] * 3, "answer": ["right", "wrong", "odd"],

@@ -102,7 +102,6 @@ def estimate(
         gamma, writer = threshold(scored, keep), clear.writer
         if writer is None:
             writer = str(Path(folder) / "writer")
-            engine.close()
             sound, kept = (scored.filter(above(cut, failed="drop")) for cut in (-1, gamma))
             kept = (kept if len(kept) else sound).select_columns(rows.column_names)  # a small share may have none here
             costs.append(_tuning(kept, clear, chats, round(keep * scale * len(sound)), writer, rounds))

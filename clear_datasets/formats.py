@@ -52,7 +52,7 @@ class Columns:
         context: Column of a passage, set before the prompt; left out where it is empty.
         system: Column of the system message; left out where it is empty.
 
-    Example:
+    Examples:
         >>> alpaca = Columns(prompt="instruction", input="input", response="output")
         >>> row = {"instruction": "Translate to French.", "input": "cat", "output": "chat"}
         >>> alpaca.read(row).prompt
@@ -113,7 +113,7 @@ class Chat:
         user: A name of the user beside "user" and "human".
         assistant: A name of the assistant beside "assistant", "gpt", "chatgpt", "model" and "bot".
 
-    Example:
+    Examples:
         >>> sharegpt = Chat("conversations", role="from", content="value")
         >>> row = {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5"}]}
         >>> sharegpt.read(row)
@@ -201,7 +201,7 @@ def infer(columns: Mapping[str, Any]) -> Format:
     Raises:
         FormatError: No known set of columns is there.
 
-    Example:
+    Examples:
         >>> infer({"question": "Who?", "answer": "Ada"})
         Columns(prompt='question', response='answer', input=None, context=None, system=None)
     """
@@ -249,7 +249,7 @@ class _Firsts(_Lazily):
 class RowOf(_Lazily):
     """Row `number` of a batch.
 
-    Example:
+    Examples:
         >>> RowOf({"question": ["Who?", "Where?"]}, 1)["question"]
         'Where?'
     """

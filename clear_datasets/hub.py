@@ -70,7 +70,7 @@ def push_to_hub(
         ValueError: The name of a split is not one that the Hub takes, or the splits of both are not the same.
         HfHubHTTPError: The Hub refuses, for want of rights, say.
 
-    Example:
+    Examples:
         >>> push_to_hub(curated(ds), "me/train-clear", audit=ds)  # doctest: +SKIP
         'https://huggingface.co/datasets/me/train-clear/commit/...'
     """

@@ -43,7 +43,7 @@ def wrong_sentence(
     Raises:
         ValueError: Fewer rows can be made wrong than are to be.
 
-    Example:
+    Examples:
         >>> from datasets import Dataset
         >>> passage = "The river is long. It rises in the Alps. Nobody swims in it."
         >>> ds = Dataset.from_dict({"context": [passage], "question": ["Where does it rise?"], "answer": ["the Alps"]})
@@ -222,7 +222,7 @@ def _parsed(text: str) -> Any:
 def auroc(scores: Sequence[float], good: Sequence[bool]) -> float:
     """Probability that a good row scores higher than a bad one; ties count half. Rows with nan do not count.
 
-    Example:
+    Examples:
         >>> auroc([0.9, 0.4, 0.6, 0.1], [True, True, False, False])
         0.75
     """

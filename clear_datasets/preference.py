@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from clear_datasets import prompts
 from clear_datasets.asking import ask
-from clear_datasets.confidence import BSDetector
+from clear_datasets.confidence import BSDetector, Estimator
 from clear_datasets.engines import Asks, Engine, Messages
 from clear_datasets.formats import Example
 
@@ -66,7 +66,7 @@ class Pairwise:
     Args:
         confidence: The estimator of the reasoned form.
 
-    Example:
+    Examples:
         >>> Pairwise().confidence is None
         True
 
@@ -74,7 +74,7 @@ class Pairwise:
         Chen and Mueller 2024, arXiv 2403.12776 (Auto-Correct); the combination of both orders is ours.
     """
 
-    confidence: BSDetector | None = None
+    confidence: Estimator | None = None
 
     def __call__(self, examples: Sequence[Example], candidates: Sequence[str], engine: Engine) -> Preferred:
         """See `Preference`."""
@@ -108,6 +108,13 @@ class Pairwise:
         return found.confidence.reshape(len(asked), 2, 2), errors
 
 
+def by_name(name: str, k: int = 5) -> Preference:
+    """The preference that a command line names, with so many samples."""
+    if name == "confidence":
+        return ByConfidence(BSDetector(k=k))
+    return Pairwise(BSDetector(k=k, samples="reasoned", reflection="reasoned") if name == "reasoned" else None)
+
+
 @dataclass(frozen=True)
 class ByConfidence:
     """What either response is worth by itself, taken for a chance of being right.
@@ -120,16 +127,16 @@ class ByConfidence:
     Args:
         confidence: The estimator.
 
-    Example:
-        >>> ByConfidence().confidence.k
-        5
+    Examples:
+        >>> ByConfidence().confidence == BSDetector()
+        True
 
     References:
         Chen and Mueller 2024, arXiv 2308.16175: one set of samples serves every response to a prompt. As a preference
         it is ours.
     """
 
-    confidence: BSDetector = field(default_factory=BSDetector)
+    confidence: Estimator = field(default_factory=BSDetector)
 
     def __call__(self, examples: Sequence[Example], candidates: Sequence[str], engine: Engine) -> Preferred:
         """See `Preference`; there are no places, and no bias for them."""

@@ -32,7 +32,7 @@ _REASONS = (
 def sample(prompt: Messages, form: Form) -> Messages:
     r"""Ask for the model's own answer.
 
-    Example:
+    Examples:
         >>> sample([{"role": "user", "content": "2 + 2?"}], "direct")
         [{'role': 'user', 'content': '2 + 2?\n\nReply with the answer alone, without any explanation.'}]
     """
@@ -42,7 +42,7 @@ def sample(prompt: Messages, form: Form) -> Messages:
 def answer_of(text: str, form: Form) -> str:
     """The answer in a sample: all of it, or what stands behind the last mark of a reasoned one.
 
-    Example:
+    Examples:
         >>> answer_of("Two and two make four. Answer: 4", "reasoned")
         '4'
     """
@@ -55,7 +55,7 @@ def incomplete(prompt: Messages) -> list[Messages]:
     The question is the paragraph that a label names ("Question:", "### Instruction:"), else the first or last one that
     ends with a question mark, else the shorter of these two: passages and inputs are long.
 
-    Example:
+    Examples:
         >>> [p[0]["content"] for p in incomplete([{"role": "user", "content": "A passage.\n\nWho wrote it?"}])]
         ['A passage.', 'Who wrote it?']
         >>> incomplete([{"role": "user", "content": "One paragraph."}])

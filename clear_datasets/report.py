@@ -47,7 +47,7 @@ def plot(ds: Dataset, gamma: float | None = None) -> altair.LayerChart:
         raise ImportError(f'plot() needs altair ({error}): pip install "clear-datasets[report]"') from error
     if "clear_confidence" not in ds.column_names:
         raise ValueError("no column 'clear_confidence': run ds = ds.map(clear.score, batched=True) first")
-    scores = np.asarray(ds.with_format(None)["clear_confidence"][:], dtype=float)
+    scores = _numbers(ds, "confidence").astype(float)
     decisions = np.array(ds["clear_decision"][:] if "clear_decision" in ds.column_names else ["scored"] * len(ds))
     bars = []
     for decision in dict.fromkeys(decisions.tolist()):

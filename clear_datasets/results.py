@@ -38,7 +38,7 @@ def report(
     from clear_datasets.report import report as write
 
     with clear_errors():
-        rows, settings = _audit(out), settings_of(out)
+        rows, settings = _audit(out), kept_settings(out)
         gamma = settings.get("gamma") if gamma is None else gamma
         eta = settings.get("eta", 0.8) if eta is None else eta
         form = Columns(prompt, response) if prompt and response else None
@@ -58,12 +58,13 @@ def push(
     from clear_datasets.hub import push_to_hub
 
     with clear_errors():
-        rows, settings = load(str(out), None, None, None, None), settings_of(out)
+        rows, settings = load(str(out), None, None, None, None), kept_settings(out)
         audit = _audit(out)
         if "clear_decision" not in audit.column_names:
             raise ValueError(f"{out} has no decisions: run clear-datasets curate first")
+        known = settings.pop("source", None)
         address = push_to_hub(
-            rows, repo, audit, settings=settings, source=source or settings.pop("source", None),
+            rows, repo, audit, settings=settings, source=source or known,
             private=private or None, split=split, revision=revision,
         )  # fmt: skip
         print(address)
@@ -71,17 +72,17 @@ def push(
 
 def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:
     """Write beside OUT what made it: the card of `push` says so."""
-    from clear_datasets.card import settings_of as described
+    from clear_datasets.card import settings_of
     from clear_datasets.hub import source_of
 
     if source := source_of([rows]):
         more["source"] = source
     arguments = [Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]  # no folders of this machine
-    record = {**described(clear), **more, "command": shlex.join(["clear-datasets", *arguments])}
+    record = {**settings_of(clear), **more, "command": shlex.join(["clear-datasets", *arguments])}
     write_text(_settings_file(out), json.dumps(record, indent=1, default=str) + "\n")
 
 
-def settings_of(out: Path) -> dict[str, Any]:
+def kept_settings(out: Path) -> dict[str, Any]:
     """What `keep_settings` has kept."""
     file = _settings_file(out)
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
@@ -92,9 +93,14 @@ def _settings_file(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
 
 
+def audit_file(out: Path) -> Path:
+    """Where `curate` keeps all rows with their scores and decisions."""
+    return out.with_name(out.name + ".audit.parquet")
+
+
 def _audit(out: Path) -> Dataset:
     """All rows with their scores: beside OUT, or OUT itself."""
-    beside = out.with_name(out.name + ".audit.parquet")
+    beside = audit_file(out)
     rows = load(str(beside if beside.exists() else out), None, None, None, None)
     if "clear_confidence" not in rows.column_names:
         raise ValueError(

@@ -33,7 +33,7 @@ def words(text: str) -> list[str]:
 
     A text of articles or of punctuation alone keeps them: "A" may be the letter of a choice, "+" a sign.
 
-    Example:
+    Examples:
         >>> words("The answer: 1,200 (approx.)"), words("A."), words("-5")
         (['answer', '1200', 'approx'], ['a'], ['-5'])
     """
@@ -55,7 +55,7 @@ _WORD = re.compile(
 class Jaccard:
     """Shared words of two texts over all their words. No model; for short answers.
 
-    Example:
+    Examples:
         >>> Jaccard()([("the Alps", "In the Alps.")], engine=None)
         array([0.5], dtype=float32)
     """

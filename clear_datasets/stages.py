@@ -92,7 +92,6 @@ def train_writer(decided: Dataset, clear: Clear) -> None:
     from clear_datasets.finetune import finetune
 
     assert clear.writer is not None
-    replace(clear, writer=None).close()  # its memory is needed
     rows = curated(decided, clear.format).filter(lambda c: not math.isnan(c), input_columns="clear_confidence")
     console.print(f"fine-tuning on {len(rows):,} rows, into {clear.writer}")
     finetune(rows, clear.model, clear.writer, revision=clear.revision, format=clear.format)

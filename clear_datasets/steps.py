@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
-from clear_datasets.confidence import BSDetector
+from clear_datasets.confidence import BSDetector, Estimator
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
@@ -47,10 +47,10 @@ class Clear:
         writer: A LoRA adapter or a checkpoint that writes candidates; see `with_writer`.
         gamma: The confidence at or below which rows get a candidate; None for all.
 
-    Example:
+    Examples:
         >>> clear = Clear("Qwen/Qwen2.5-7B-Instruct", confidence=BSDetector(k=8))
-        >>> clear.confidence.k
-        8
+        >>> clear.confidence == BSDetector(k=8)
+        True
 
     References:
         Chen and Mueller 2024, "Automated Data Curation for Robust Language Model Fine-Tuning", arXiv 2403.12776.
@@ -60,7 +60,7 @@ class Clear:
     revision: str | None = None
     engine: Engine | None = field(default=None, kw_only=True)
     format: Format | None = field(default=None, kw_only=True)
-    confidence: BSDetector = field(default_factory=BSDetector, kw_only=True)
+    confidence: Estimator = field(default_factory=BSDetector, kw_only=True)
     preference: Preference | None = field(default=None, kw_only=True)
     writer: str | None = field(default=None, kw_only=True)
     gamma: float | None = field(default=None, kw_only=True)
@@ -83,7 +83,7 @@ class Clear:
             writer: A LoRA adapter or a checkpoint, as a local folder or Hub id; a server's name for it with `OpenAI`.
             gamma: Rows whose confidence is at or below it get a candidate; None for all.
 
-        Example:
+        Examples:
             >>> Clear("m").with_writer("out/adapter", gamma=0.4).writer
             'out/adapter'
         """
@@ -224,8 +224,7 @@ class Clear:
     ) -> Any:
         """The new columns, with reasons beside those that rows have already."""
         errors = [e or "" for e in columns["clear_error"]] if "clear_error" in columns else [""] * columns.size
-        for i, error in enumerate(errors):  # of an earlier round, on what is made anew
-            errors[i] = error.partition(f"{what}: ")[0].removesuffix("; ") if what in error else error
+        errors = [e.partition(f"{what}: ")[0].removesuffix("; ") for e in errors]  # what an earlier round said of it
         for i, reason in zip(rows, reasons, strict=True):
             if reason:
                 errors[i] = "; ".join(e for e in (errors[i], f"{what}: {reason}") if e)
@@ -245,7 +244,7 @@ class Clear:
 
         Streams have no schema of their own after a map; with this they do.
 
-        Example:
+        Examples:
             >>> from datasets import Features, Value
             >>> Clear.features(Features({"question": Value("string")}))["clear_confidence"]
             Value('float32')

@@ -31,18 +31,13 @@ from get_model import MODELS, fetch
 from reproduce_report import ARMS, differences, figures, tables
 from reproduce_tasks import NOISES, TASKS, Task, any_file
 
-from clear_datasets import BSDetector, ByConfidence, Clear, Pairwise, above, curated, decide, infer, noise, threshold
+from clear_datasets import Clear, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.finetune import finetune
+from clear_datasets.preference import by_name
 from clear_datasets.stages import Stages, usual_batch_size
 from clear_datasets.steps import CANDIDATES_REVISION, PREFERENCES_REVISION, SCORES_REVISION
-
-PREFERENCES = {
-    "pairwise": Pairwise(),
-    "reasoned": Pairwise(BSDetector(samples="reasoned", reflection="reasoned")),
-    "confidence": ByConfidence(),
-}
 
 
 def main() -> None:
@@ -59,12 +54,13 @@ def main() -> None:
         found = result["seeds"].setdefault(str(seed), {"arms": {}})
         if {"correct", "agreed"} & set(args.arms):
             found["curation"] = arms.curation()
-        for arm in args.arms:
+        chosen = arms.chosen()
+        for arm in chosen:
             arms.tune(arm)
         engine = default_engine(model)
         if "base" not in result:
             result["base"] = figures(task, test, answers(engine, task, test, work / "base.json"))
-        for arm in args.arms:
+        for arm in chosen:
             tuned = engine.with_writer(str(arms.folder / arms.adapter(arm)))
             said = answers(tuned, task, test, arms.folder / f"{arm}.answers.json")
             rows = arms.rows(arm)
@@ -92,7 +88,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--eta", type=float, default=0.8, help="preference above which a candidate replaces")
-    parser.add_argument("--preference", choices=PREFERENCES, default="confidence", help="how candidates are judged")
+    parser.add_argument(
+        "--preference",
+        choices=("confidence", "pairwise", "reasoned"),
+        default="confidence",
+        help="how candidates are judged",
+    )
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     args = parser.parse_args()
     if unknown := set(args.arms) - set(ARMS):
@@ -136,7 +137,7 @@ class Seed:
     ) -> None:
         self.args, self.task, self.model, self.seed, self.folder = args, task, model, seed, folder
         folder.mkdir(exist_ok=True)
-        self.clear = Clear(model, preference=PREFERENCES[args.preference])
+        self.clear = Clear(model, preference=by_name(args.preference))
         self.noisy = self._noisy(pool)
         self.stages = Stages(folder / "stages", usual_batch_size())
         self.scored = self.stages.score(self.noisy, self.clear)
@@ -152,6 +153,11 @@ class Seed:
             noisy.to_parquet(str(file.with_suffix(".part")))
             file.with_suffix(".part").rename(file)
         return Dataset.from_parquet(escape(str(file)))
+
+    def chosen(self) -> list[str]:
+        """The arms; one that is matched in length is `random` where all targets have one length."""
+        alike = len(set(lengths(self.noisy))) == 1
+        return [arm for arm in self.args.arms if not (alike and arm == "random_length")]
 
     def rows(self, arm: str) -> Dataset:
         if arm == "original":

@@ -14,7 +14,7 @@ ARMS = {
     "clean": "all rows, each with its right target: more than curation can reach",
     "original": "all rows",
     "random": "as many random rows as the filter keeps",
-    "random_length": "the same, with the lengths of the targets that the filter keeps",
+    "random_length": "the same, with the lengths of the targets that the filter keeps (none where all have one length)",
     "filter": "the rows above the median confidence (Auto-Filter)",
     "correct": "the same, and rows whose targets are replaced (Auto-Correct; the model of `filter` writes candidates)",
     "agreed": "the same, and rows whose targets the model of `filter` repeats (ours; the paper drops them)",

@@ -146,3 +146,15 @@ def test_a_run_of_all_arms_goes_on_where_it_was_broken_off(tmp_path):
     other = reproduce(*arguments)
     assert other.returncode == 1
     assert "was made with other content" in other.stderr
+
+
+def test_targets_of_one_length_have_no_arm_of_matched_length(tmp_path):
+    pytest.importorskip("trl")
+    model = make_tiny(tmp_path / "tiny", ends=5, max_position_embeddings=2048, initializer_range=0.05)
+    rows = [{"question": f"Letter {i}?", "options": ["a", "b"], "answer": "AB"[i % 2]} for i in range(20)]
+    Dataset.from_list(rows).to_json(str(tmp_path / "rows.jsonl"))
+    out = tmp_path / "result.json"
+    done = reproduce("--task", "arc", "--data", tmp_path / "rows.jsonl", "--model", model, "--seeds", "1", "--rows",
+                     "12", "--test", "4", "--epochs", "1", "--arms", "random", "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(out.read_text())["seeds"]["1"]["arms"]) == {"random"}

@@ -165,11 +165,13 @@ class Engine(Protocol):
         """
         before = len(asks.generate)
         try:  # the dear part comes last: what is refused is refused before it
-            chosen = self.choose(asks.choose, asks.labels)
+            chosen = self.choose(asks.choose, asks.labels) if asks.choose else np.zeros((0, 0), dtype=np.float32)
             before += len(asks.choose)
-            read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read])
+            read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read]) if asks.read else []
             before = 0
-            generated = self.generate(asks.generate, n=asks.n, temperature=asks.temperature, max_tokens=asks.max_tokens)
+            generated = [] if not asks.generate else self.generate(
+                asks.generate, n=asks.n, temperature=asks.temperature, max_tokens=asks.max_tokens
+            )  # fmt: skip
         except PromptError as error:
             raise PromptError({before + i: reason for i, reason in error.reasons.items()}) from None
         return Answers(generated, chosen, read)

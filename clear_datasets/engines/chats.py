@@ -86,7 +86,7 @@ def render(tokenizer: Any, messages: Messages) -> str:
 def without_system(messages: Messages) -> list[dict[str, str]]:
     r"""The chat with the system's text at the beginning of the first turn: some templates have no system role.
 
-    Example:
+    Examples:
         >>> without_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}])
         [{'role': 'user', 'content': 'Be brief.\n\nWho?'}]
     """

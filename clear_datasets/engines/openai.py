@@ -63,7 +63,7 @@ class OpenAI(Queued):
     Raises:
         EngineError: The server cannot be reached or refuses the key; from every method.
 
-    Example:
+    Examples:
         >>> OpenAI("gpt-4o-mini", api_key="secret")
         OpenAI(model='gpt-4o-mini', base_url=None, concurrency=64, retries=12, deadline=600.0)
     """

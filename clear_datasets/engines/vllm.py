@@ -39,7 +39,7 @@ class VLLM(Queued):
         max_model_len: Tokens of prompt and answer; by default what the model can.
         **options: Passed to ``vllm.LLM``: ``tensor_parallel_size=2``, ``dtype="float16"``, ...
 
-    Example:
+    Examples:
         >>> VLLM("Qwen/Qwen2.5-7B-Instruct", tensor_parallel_size=2).options
         (('tensor_parallel_size', 2),)
     """
