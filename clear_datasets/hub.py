@@ -175,28 +175,32 @@ def _commit(
 
 def _again(call: Callable[[], T]) -> T:
     """A call to the Hub, repeated while it is busy or out of reach, after as long as it asks for or ever longer."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     for tried in range(_TRIES):
         try:
             return call()
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
-            status, wait = _refusal(error)
-            if tried + 1 == _TRIES or (status is not None and status not in _BUSY):
+        except Exception as error:
+            wait = _wait(error, 2**tried * random.uniform(0.5, 1))
+            if tried + 1 == _TRIES or wait is None:
                 raise
-            time.sleep(min(_LONGEST, wait if wait is not None else 2**tried * random.uniform(0.5, 1)))
+            time.sleep(min(_LONGEST, wait))
     raise AssertionError("not reached")
 
 
-def _refusal(error: Exception) -> tuple[int | None, float | None]:
-    """Status of an answer, None where there was none, and the seconds that it asks to wait."""
+def _wait(error: Exception, usual: float) -> float | None:
+    """Seconds after which another try may succeed; None where none will, be it refused or an error of this machine."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     seen: BaseException | None = error
-    while seen is not None and getattr(seen, "response", None) is None:
+    while seen is not None and not isinstance(seen, OfflineModeIsEnabled):
+        if (response := getattr(seen, "response", None)) is not None:
+            after = response.headers.get("Retry-After", "")
+            busy = response.status_code in _BUSY
+            return None if not busy else float(after) if after.isdigit() else usual
+        kinds = {kind.__name__ for kind in type(seen).__mro__}  # of httpx, or httpx2 with huggingface_hub 2
+        if kinds & {"TransportError", "ConnectionError", "TimeoutError"}:
+            return usual
         seen = seen.__cause__ or seen.__context__
-    if seen is None:
-        return None, None
-    after = seen.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
-    return seen.response.status_code, float(after) if after.isdigit() else None  # type: ignore[attr-defined]
+    return None
 
 
 def source_of(parts: Iterable[Dataset]) -> str:

@@ -127,7 +127,8 @@ def test_the_owners_text_and_other_configs_stay(hub, client):
 
 def test_a_busy_hub_is_asked_again_when_it_says(hub, client):
     hub.faults += [Fault("POST", "/commit/", 2, 429, {"Retry-After": "1"}), Fault("POST", "/repos/create", 1, 503),
-                   Fault("PUT", "/lfs/", 1, cut=True), Fault("POST", "/objects/batch", 1, 500)]  # fmt: skip
+                   Fault("PUT", "/lfs/", 1, cut=True), Fault("POST", "/objects/batch", 1, 500),
+                   Fault("POST", "/repos/create", 1, cut=True), Fault("POST", "/commit/", 1, cut=True)]  # fmt: skip
     client(push, decided())
     assert not any(fault.times for fault in hub.faults)
     assert len(client(load)["train"]) == 7
