@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Interval = tuple[float, float, float]  # a figure, and the least and the most that it may be, with 95%
 Scores = npt.NDArray[np.float64]
 
+NOISES = ("swap", "truncate", "wrong_sentence")  # by default
 _FOLDS, _DRAWS = 5, 1000
 _GRID = tuple(round(0.1 * i, 1) for i in range(11))
 _NAMES = {"s": "similarity", "r": "agreement", "f": "reflection"}
@@ -69,7 +70,7 @@ def calibrate(
     clear: Clear,
     ds: Dataset,
     *,
-    noise: Sequence[str] = ("swap", "truncate", "wrong_sentence"),
+    noise: Sequence[str] = NOISES,
     fraction: float = 0.2,
     rows: int = 200,
     among: Sequence[BSDetector] = (),
@@ -85,7 +86,7 @@ def calibrate(
     Args:
         clear: The steps to calibrate.
         ds: Rows in any format that `Clear.score` takes.
-        noise: Names of the makers of `clear_datasets.noise`; those that the rows do not allow are left out.
+        noise: Names of the makers of `clear_datasets.noise`; what the rows do not allow is left out.
         fraction: Share of the rows to make wrong.
         rows: How many rows to take.
         among: More estimators to try: other forms, other similarities.
@@ -97,6 +98,8 @@ def calibrate(
     """
     if not isinstance(clear.confidence, BSDetector):
         raise TypeError(f"weights are fitted of BSDetector's parts; {type(clear.confidence).__name__} has none")
+    if unknown := [kind for kind in noise if kind not in makers.MAKERS]:
+        raise ValueError(f"there is no noise {', '.join(unknown)}; known are {', '.join(makers.MAKERS)}")
     form = clear.format or infer(ds.features)
     notes: list[str] = []
     sample = _noisy(ds.with_format(None), noise, fraction, rows, seed, clear.format, notes)
@@ -143,7 +146,7 @@ def _noisy(
         parts: list[Dataset] = []
         try:
             for i, kind in enumerate(left):
-                parts.append(getattr(makers, kind)(sample.shard(len(left), i), fraction, seed, format=form))
+                parts.append(makers.MAKERS[kind](sample.shard(len(left), i), fraction, seed, format=form))
             return concatenate_datasets(parts)
         except (ValueError, KeyError) as error:
             notes.append(f"without {left.pop(len(parts))}: {error}")  # the others share its rows

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clear_datasets import results
+from clear_datasets import options, results
 from clear_datasets.files import check_out, load, write
-from clear_datasets.terminal import clear_errors, console, cost_table, summary
+from clear_datasets.terminal import calibration_tables, clear_errors, console, cost_table, summary
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from clear_datasets.formats import Format
     from clear_datasets.stages import Stages
 
 _EXAMPLES = """Examples:
@@ -29,6 +24,8 @@ _EXAMPLES = """Examples:
 
   clear-datasets curate train.jsonl -o curated.jsonl --model Qwen/Qwen2.5-7B-Instruct --correct
 
+  clear-datasets calibrate train.jsonl --model Qwen/Qwen2.5-7B-Instruct -o calibration.html
+
   clear-datasets report curated.jsonl
 
   clear-datasets push curated.jsonl me/train-curated
@@ -40,49 +37,6 @@ Exit codes: 0 done, 1 wrong input or settings, 2 wrong usage, 3 no row could be 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-class _Failed(StrEnum):
-    keep = "keep"
-    drop = "drop"
-    error = "raise"
-
-
-class _Judge(StrEnum):
-    confidence = "confidence"
-    pairwise = "pairwise"
-    reasoned = "reasoned"
-
-
-_Source = Annotated[
-    str, typer.Argument(metavar="SRC", help="Hub id, file or glob (.jsonl .json .csv .parquet), or folder.")
-]
-_Out = Annotated[
-    Path, typer.Option("--output", "-o", help="Where to write: .jsonl, .json, .csv, .parquet, or a folder.")
-]
-_Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder or .gguf file.", envvar="CLEAR_MODEL")]
-_ModelRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-_Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset or folder (default: its only one).")]
-_Config = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
-_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N rows only.")]
-_BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Rows handed to the engine at a time (default: 1,000 on a GPU, else 64).")
-]
-_Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
-_Input = Annotated[str | None, typer.Option(help="Column that follows the prompt.")]
-_Response = Annotated[str | None, typer.Option(help="Column of the target.")]
-_Context = Annotated[str | None, typer.Option(help="Column of a passage that goes before the prompt.")]
-_System = Annotated[str | None, typer.Option(help="Column of the system message.")]
-_K = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
-_Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
-_Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
-_Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes candidates.")]
-_Rounds = Annotated[
-    int, typer.Option(min=1, help="How often to write candidates, by a model trained on the last round.")
-]
-_JUDGING = "How MODEL judges candidates: by its confidence in each, or which is better, without or with reasons."
-_Preference = Annotated[_Judge, typer.Option(help=_JUDGING)]
-
-
 @app.callback(epilog=_EXAMPLES)
 def main() -> None:
     """Curate instruction-tuning data with the very LLM that is going to be fine-tuned (CLEAR)."""
@@ -90,21 +44,21 @@ def main() -> None:
 
 @app.command(epilog=_EXAMPLES)
 def score(
-    src: _Source,
-    out: _Out,
-    model: _Model,
-    model_revision: _ModelRevision = None,
-    split: _Split = None,
-    config: _Config = None,
-    revision: _Revision = None,
-    limit: _Limit = None,
-    batch_size: _BatchSize = None,
-    prompt: _Prompt = None,
-    input: _Input = None,
-    context: _Context = None,
-    response: _Response = None,
-    system: _System = None,
-    samples: _K = 5,
+    src: options.Source,
+    out: options.Out,
+    model: options.Model,
+    model_revision: options.ModelRevision = None,
+    split: options.Split = None,
+    config: options.Config = None,
+    revision: options.Revision = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    prompt: options.Prompt = None,
+    input: options.Input = None,
+    context: options.Context = None,
+    response: options.Response = None,
+    system: options.System = None,
+    samples: options.Samples = 5,
 ) -> None:
     """Add confidence columns to every row of SRC."""
     from clear_datasets import BSDetector, Clear
@@ -113,7 +67,7 @@ def score(
         check_out(out, src)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
-        form = _format(rows, prompt, response, input, context, system)
+        form = options.format_of(rows, prompt, response, input, context, system)
         clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
         scored = _stages(out, batch_size).score(rows, clear)
         write(scored, out)
@@ -122,35 +76,35 @@ def score(
 
 @app.command(epilog=_EXAMPLES)
 def curate(
-    src: _Source,
-    out: _Out,
-    model: _Model,
-    keep: _Keep = 0.5,
+    src: options.Source,
+    out: options.Out,
+    model: options.Model,
+    keep: options.Keep = 0.5,
     gamma: Annotated[float | None, typer.Option(help="A fixed threshold in place of --keep.")] = None,
-    failed: Annotated[_Failed, typer.Option(help="What becomes of rows without a score.")] = _Failed.keep,
-    model_revision: _ModelRevision = None,
-    split: _Split = None,
-    config: _Config = None,
-    revision: _Revision = None,
-    limit: _Limit = None,
-    batch_size: _BatchSize = None,
-    prompt: _Prompt = None,
-    input: _Input = None,
-    context: _Context = None,
-    response: _Response = None,
-    system: _System = None,
-    samples: _K = 5,
-    correct: _Correct = False,
-    writer: _Writer = None,
+    failed: Annotated[options.Failed, typer.Option(help="What becomes of rows without a score.")] = options.Failed.keep,
+    model_revision: options.ModelRevision = None,
+    split: options.Split = None,
+    config: options.Config = None,
+    revision: options.Revision = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    prompt: options.Prompt = None,
+    input: options.Input = None,
+    context: options.Context = None,
+    response: options.Response = None,
+    system: options.System = None,
+    samples: options.Samples = 5,
+    correct: options.Correct = False,
+    writer: options.Writer = None,
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Fine-tune MODEL to write them (the default without --writer).")
     ] = False,
-    preference: _Preference = _Judge.confidence,
+    preference: options.Preference = options.Judge.confidence,
     eta: Annotated[float, typer.Option(min=0, max=1, help="Preference above which a candidate replaces.")] = 0.8,
     keep_agreed: Annotated[
         bool, typer.Option("--keep-agreed", help="Keep less confident rows whose target the writer repeats.")
     ] = False,
-    rounds: _Rounds = 1,
+    rounds: options.Rounds = 1,
 ) -> None:
     """Keep the rows of SRC whose confidence is above a threshold.
 
@@ -173,7 +127,7 @@ def curate(
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
     with clear_errors():
         rows = load(src, split, config, revision, limit)
-        form = _format(rows, prompt, response, input, context, system)
+        form = options.format_of(rows, prompt, response, input, context, system)
         clear = Clear(
             model,
             model_revision,
@@ -206,27 +160,27 @@ def curate(
 
 @app.command(epilog=_EXAMPLES)
 def estimate(
-    src: _Source,
-    model: _Model,
-    correct: _Correct = False,
-    writer: _Writer = None,
+    src: options.Source,
+    model: options.Model,
+    correct: options.Correct = False,
+    writer: options.Writer = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the machine, in any currency.")] = None,
     probe: Annotated[int, typer.Option(min=2, help="Rows to run; on a GPU, let it have as many as a batch.")] = 50,
-    keep: _Keep = 0.5,
-    rounds: _Rounds = 1,
-    preference: _Preference = _Judge.confidence,
-    model_revision: _ModelRevision = None,
-    split: _Split = None,
-    config: _Config = None,
-    revision: _Revision = None,
-    limit: _Limit = None,
-    batch_size: _BatchSize = None,
-    prompt: _Prompt = None,
-    input: _Input = None,
-    context: _Context = None,
-    response: _Response = None,
-    system: _System = None,
-    samples: _K = 5,
+    keep: options.Keep = 0.5,
+    rounds: options.Rounds = 1,
+    preference: options.Preference = options.Judge.confidence,
+    model_revision: options.ModelRevision = None,
+    split: options.Split = None,
+    config: options.Config = None,
+    revision: options.Revision = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    prompt: options.Prompt = None,
+    input: options.Input = None,
+    context: options.Context = None,
+    response: options.Response = None,
+    system: options.System = None,
+    samples: options.Samples = 5,
 ) -> None:
     """Say what `curate` will take: tokens, time and money, from a run on a few random rows of SRC."""
     from clear_datasets import BSDetector, Clear
@@ -239,7 +193,7 @@ def estimate(
             raise ValueError("--writer and --rounds go with --correct")
     with clear_errors():
         rows = load(src, split, config, revision, limit)
-        form = _format(rows, prompt, response, input, context, system)
+        form = options.format_of(rows, prompt, response, input, context, system)
         clear = Clear(
             model,
             model_revision,
@@ -254,6 +208,45 @@ def estimate(
         cost_table(costs, len(rows), price_per_hour)
 
 
+@app.command(epilog=_EXAMPLES)
+def calibrate(
+    src: options.Source,
+    model: options.Model,
+    page: Annotated[Path | None, typer.Option("--output", "-o", help="Write it as a page, too (.html).")] = None,
+    rows: Annotated[int, typer.Option(min=20, help="How many rows of SRC to take.")] = 200,
+    noise: Annotated[
+        list[str] | None, typer.Option(help="swap, truncate, wrong_sentence, ...; may be given several times.")
+    ] = None,
+    fraction: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the rows to make wrong.")] = 0.2,
+    model_revision: options.ModelRevision = None,
+    split: options.Split = None,
+    config: options.Config = None,
+    revision: options.Revision = None,
+    limit: options.Limit = None,
+    prompt: options.Prompt = None,
+    input: options.Input = None,
+    context: options.Context = None,
+    response: options.Response = None,
+    system: options.System = None,
+    samples: options.Samples = 5,
+) -> None:
+    """Say whether MODEL's confidence finds wrong targets in SRC, from rows that are made wrong on purpose."""
+    from clear_datasets import BSDetector, Clear, report
+    from clear_datasets.calibrate import NOISES, calibrate
+
+    with clear_errors():
+        found = load(src, split, config, revision, limit)
+        form = options.format_of(found, prompt, response, input, context, system)
+        clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
+        console.print(f"running {min(rows, len(found)):,} of {len(found):,} rows")
+        calibration = calibrate(clear, found, noise=noise or NOISES, fraction=fraction, rows=rows)
+        calibration_tables(calibration)
+        if page is not None:
+            title = f"Calibration on {Path(src).name}"
+            report(calibration.rows, page, calibration=calibration, format=form, title=title)
+            console.print(f"wrote {page}")
+
+
 app.command(epilog=_EXAMPLES)(results.report)
 app.command(epilog=_EXAMPLES)(results.push)
 
@@ -262,26 +255,6 @@ def _stages(out: Path, batch_size: int | None) -> Stages:
     from clear_datasets.stages import Stages, usual_batch_size
 
     return Stages(out.parent / "clear_stages", batch_size or usual_batch_size())
-
-
-def _format(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
-            system: str | None) -> Format | None:  # fmt: skip
-    """The format of named columns; those that are not named are inferred, all of them where none is."""
-    from clear_datasets.formats import Columns, infer_rows
-
-    named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
-    given: dict[str, Any] = {name: column for name, column in named.items() if column}
-    for option, column in given.items():
-        if column not in rows.column_names:
-            raise ValueError(f"--{option}: there is no column {column!r}; found {', '.join(rows.column_names)}")
-    if not given:
-        return None
-    if prompt and response:
-        return Columns(**given)
-    form = infer_rows(rows[:1000])
-    if not isinstance(form, Columns):
-        raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
-    return replace(form, **given)
 
 
 if __name__ == "__main__":

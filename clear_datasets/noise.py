@@ -176,6 +176,9 @@ def corrupt_json(ds: Dataset, fraction: float = 0.2, seed: int = 0, *, format: F
     return _replace(ds, "corrupt_json", wrong, fraction, seed, format)
 
 
+MAKERS = {maker.__name__: maker for maker in (wrong_sentence, other_answer, swap, truncate, corrupt_json)}
+
+
 def _targets(ds: Dataset, format: Format | None) -> list[str]:
     read = (format or infer_rows(ds[:1000])).read
     return [read(row).response for row in ds]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import altair
     from datasets import Dataset
 
+    from clear_datasets.calibrate import Calibration
+
 _SIGNALS = ("confidence", "consistency", "reflection", "preference", "position_bias")
 _LONGEST = 2000  # characters of a text on the page
 _COLOURS = {"keep": "#4c78a8", "replace": "#e9a13b", "drop": "#c44e52", "scored": "#4c78a8"}
@@ -87,6 +89,7 @@ def report(
     format: Format | None = None,
     texts: int = 2000,
     title: str = "Curated rows",
+    calibration: Calibration | None = None,
 ) -> str:
     """Write a page that shows scored rows, and what a threshold would keep, drop and replace as it is moved.
 
@@ -97,11 +100,12 @@ def report(
     Args:
         ds: Scored rows; with candidates and preferences, these are shown, too.
         out: An HTML file.
-        gamma: Where the threshold stands at first; the median by default.
+        gamma: Where the threshold stands at first; by default that of the calibration, else the median.
         eta: The same of preferences.
         format: Where rows keep prompt and target; inferred from the columns by default.
         texts: How many rows are on the page with their texts.
         title: Of the page.
+        calibration: What `calibrate` has found; its signals and thresholds are shown, too.
 
     Returns:
         `out`.
@@ -126,9 +130,11 @@ def report(
     errors = Counter(e for e in rows["clear_error"] if e) if "clear_error" in rows.column_names else Counter()
     order = np.argsort(numbers["confidence"], kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(texts, len(order))).round().astype(int))]
+    if gamma is None:
+        gamma = calibration.gamma if calibration else threshold(rows)
     data = {
         "columns": columns,
-        "gamma": threshold(rows) if gamma is None else gamma,
+        "gamma": gamma,
         "eta": eta,
         "rows": _texts(rows, sorted(chosen.tolist()), format),
         "failures": errors.most_common(20),
@@ -138,6 +144,7 @@ def report(
     page = Environment().from_string(folder.joinpath("page.html.jinja").read_text())  # what is of the data is escaped
     whole = page.render(
         title=html.escape(title),
+        calibration=calibration,
         style=folder.joinpath("page.css").read_text(),
         script=folder.joinpath("page.js").read_text(),
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),

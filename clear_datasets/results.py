@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clear_datasets import options
 from clear_datasets.files import load, write_text
 from clear_datasets.terminal import clear_errors, console
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from clear_datasets import Clear
 
 _Made = Annotated[Path, typer.Argument(metavar="OUT", help="What score or curate has written.")]
-_Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
-_Response = Annotated[str | None, typer.Option(help="Column of the target.")]
 
 
 def report(
@@ -30,8 +29,8 @@ def report(
     page: Annotated[Path | None, typer.Option("--output", "-o", help="The page (default: OUT.html).")] = None,
     gamma: Annotated[float | None, typer.Option(help="Where the threshold stands at first.")] = None,
     eta: Annotated[float | None, typer.Option(min=0, max=1, help="The same of preferences.")] = None,
-    prompt: _Prompt = None,
-    response: _Response = None,
+    prompt: options.Prompt = None,
+    response: options.Response = None,
 ) -> None:
     """Write a page on which rows and thresholds can be looked at; it needs no network."""
     from clear_datasets.formats import Columns

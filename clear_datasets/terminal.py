@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets import Clear
+    from clear_datasets.calibrate import Calibration
     from clear_datasets.estimate import Cost
 
 console = Console(stderr=True)
@@ -115,6 +116,28 @@ def cost_table(costs: Sequence[Cost], rows: int, price_per_hour: float | None) -
         tokens = f"{cost.prompt_tokens:,}", f"{cost.written_tokens:,}"
         table.add_row(cost.stage, *tokens, clock(cost.seconds), *price)
     Console().print(table)
+
+
+def calibration_tables(found: Calibration) -> None:
+    """How well each signal finds noise, and what thresholds would do, to standard output."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = Console()
+    signals = Table("signal", "AUROC", "95% interval", title="what finds the noise", title_justify="left")
+    for name, (value, low, high) in found.signals.items():
+        signals.add_row(escape(name), f"{value:.3f}", f"{low:.3f} to {high:.3f}")
+    cuts = Table("--keep", "gamma", "wrong rows found", "95% interval", "wrong among those not kept",
+                 title="what a threshold does", title_justify="left")  # fmt: skip
+    for t in found.thresholds:
+        recall, low, high = t.recall
+        cuts.add_row(
+            f"{t.kept:.2f}", f"{t.gamma:.4f}", f"{recall:.2f}", f"{low:.2f} to {high:.2f}", f"{t.precision[0]:.2f}"
+        )
+    out.print(signals, cuts)
+    for note in found.notes:
+        out.print(escape(note))
+    out.print(f"gamma={found.gamma:.4f} finds most for the right rows that it loses")
 
 
 def _short(text: str, size: int = 60, last: bool = False) -> str:

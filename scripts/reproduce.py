@@ -29,7 +29,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from get_model import MODELS, fetch
 from reproduce_report import ARMS, differences, figures, tables
-from reproduce_tasks import NOISES, TASKS, Task, any_file
+from reproduce_tasks import TASKS, Task, any_file
 
 from clear_datasets import Clear, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", metavar="FILE", help="training rows, and test rows, in place of the Hub's")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS), help="with commas between")
     parser.add_argument("--noise", type=float, default=0.2, help="share of training rows with a wrong target")
-    parser.add_argument("--kind", choices=NOISES, help="of noise (default: the task's own)")
+    parser.add_argument("--kind", choices=noise.MAKERS, help="of noise (default: the task's own)")
     parser.add_argument("--seeds", type=int, default=3, help="how often, each time with other rows, noise and weights")
     parser.add_argument("--rows", type=int, default=2000, help="for training, the wrong ones among them")
     parser.add_argument("--test", type=int, default=500, help="clean rows to ask")
@@ -149,7 +149,7 @@ class Seed:
         file = self.folder / "noisy.parquet"
         if not file.exists():
             chosen = pool.shuffle(seed=self.seed).select(range(min(self.args.rows, len(pool))))
-            noisy = NOISES[self.args.kind or self.task.noise](chosen, fraction=self.args.noise, seed=self.seed)
+            noisy = noise.MAKERS[self.args.kind or self.task.noise](chosen, fraction=self.args.noise, seed=self.seed)
             noisy.to_parquet(str(file.with_suffix(".part")))
             file.with_suffix(".part").rename(file)
         return Dataset.from_parquet(escape(str(file)))

@@ -12,18 +12,10 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from clear_datasets import noise
 from clear_datasets.files import load
 from clear_datasets.formats import infer_rows
 
 Row = Mapping[str, Any]
-NOISES = {
-    "wrong_sentence": noise.wrong_sentence,
-    "other_answer": noise.other_answer,
-    "swap": noise.swap,
-    "truncate": noise.truncate,
-    "corrupt_json": noise.corrupt_json,
-}
 
 
 @dataclass(frozen=True)

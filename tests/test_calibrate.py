@@ -88,6 +88,8 @@ def test_noise_that_the_rows_do_not_allow_is_left_out():
         calibrate(Clear(engine=Scripted()), ROWS, noise=["wrong_sentence", "corrupt_json"])
     with pytest.raises(ValueError, match="none of the rows could be scored: the prompt has"):
         calibrate(Clear(engine=Scripted(limit=3)), ROWS, noise=["swap"])
+    with pytest.raises(ValueError, match="there is no noise typos; known are wrong_sentence, other_answer, swap"):
+        calibrate(Clear(engine=Scripted()), ROWS, noise=["swap", "typos"])
     named = Dataset.from_dict({"q": ROWS["question"], "a": ROWS["answer"]})
     form = Columns("q", "a")
     assert calibrate(Clear(engine=Scripted(answers=KNOWS), format=form), named, noise=["swap"]).gamma > 0

@@ -298,6 +298,19 @@ def test_a_model_that_is_not_there(source, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_calibrate_says_what_finds_noise(tiny, tmp_path):
+    rows = [{"question": f"Where is {i}?", "answer": f"at place number {i}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = tmp_path / "page.html"
+    done = run("calibrate", tmp_path / "rows.jsonl", "--model", tiny, "-k", "2", "--noise", "swap", "-o", page)
+    assert done.returncode == 0, done.stderr
+    for piece in ("direct, Jaccard: similarity", "direct, Jaccard: reflection", "--keep", "gamma="):
+        assert piece in done.stdout
+    assert "What finds noise in these rows" in page.read_text()
+    done = run("calibrate", tmp_path / "rows.jsonl", "--model", tiny, "--noise", "typos")
+    assert (done.returncode, "there is no noise typos" in done.stderr) == (1, True)
+
+
 def test_help_has_examples():
     for command in ([], ["score"], ["curate"]):
         done = run(*command, "--help")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from clear_datasets import decide
+from clear_datasets import Clear, decide
+from clear_datasets.calibrate import Calibration, Threshold
 from clear_datasets.report import plot, report
 
 pytest.importorskip("altair")
@@ -109,6 +110,19 @@ def test_sliders_show_what_decide_would_do(opened):
     assert numbers(page.inner_text("#noise")) == [noisy.sum(), (noisy & out).sum(), out.sum()]
     assert "column 'question' is empty" in page.inner_text("#failures")
     assert "0.250 on average" in page.inner_text("#judge")
+
+
+def test_what_calibrate_found_is_shown(opened):
+    rows = judged(50)
+    cuts = [Threshold(0.25, 0.8, (0.9, 0.8, 1.0), (0.5, 0.4, 0.6))]
+    found = Calibration(Clear("m"), 0.25, {f"signal {BAD}": (0.75, 0.7, 0.8)}, cuts, rows, [f"a note {BAD}"])
+    page = opened(rows, calibration=found)
+    assert page.input_value("#gamma-number") == "0.25"
+    cells = page.locator("#signals tbody td").all_inner_texts()
+    assert cells == [f"signal {BAD}", "0.750", "0.70 to 0.80"]
+    assert page.locator("#thresholds tbody td").all_inner_texts() == ["80%", "0.250", "0.90", "0.50"]
+    assert f"a note {BAD}" in page.inner_text("main")
+    assert page.evaluate("window.hurt") is None
 
 
 def test_search_sort_filter_and_download(opened):

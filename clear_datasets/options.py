@@ -1,0 +1,82 @@
+"""The options that commands share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from clear_datasets.formats import Format
+
+
+class Failed(StrEnum):
+    """What becomes of rows without a score."""
+
+    keep = "keep"
+    drop = "drop"
+    error = "raise"
+
+
+class Judge(StrEnum):
+    """How candidates are judged."""
+
+    confidence = "confidence"
+    pairwise = "pairwise"
+    reasoned = "reasoned"
+
+
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="Hub id, file or glob (.jsonl .json .csv .parquet), or folder.")
+]
+Out = Annotated[
+    Path, typer.Option("--output", "-o", help="Where to write: .jsonl, .json, .csv, .parquet, or a folder.")
+]
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder or .gguf file.", envvar="CLEAR_MODEL")]
+ModelRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset or folder (default: its only one).")]
+Config = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take the first N rows only.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Rows handed to the engine at a time (default: 1,000 on a GPU, else 64).")
+]
+Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
+Input = Annotated[str | None, typer.Option(help="Column that follows the prompt.")]
+Response = Annotated[str | None, typer.Option(help="Column of the target.")]
+Context = Annotated[str | None, typer.Option(help="Column of a passage that goes before the prompt.")]
+System = Annotated[str | None, typer.Option(help="Column of the system message.")]
+Samples = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
+Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
+Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
+Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes candidates.")]
+Rounds = Annotated[
+    int, typer.Option(min=1, help="How often to write candidates, by a model trained on the last round.")
+]
+_JUDGING = "How MODEL judges candidates: by its confidence in each, or which is better, without or with reasons."
+Preference = Annotated[Judge, typer.Option(help=_JUDGING)]
+
+
+def format_of(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
+              system: str | None) -> Format | None:  # fmt: skip
+    """The format of named columns; those that are not named are inferred, all of them where none is."""
+    from clear_datasets.formats import Columns, infer_rows
+
+    named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
+    given: dict[str, Any] = {name: column for name, column in named.items() if column}
+    for option, column in given.items():
+        if column not in rows.column_names:
+            raise ValueError(f"--{option}: there is no column {column!r}; found {', '.join(rows.column_names)}")
+    if not given:
+        return None
+    if prompt and response:
+        return Columns(**given)
+    form = infer_rows(rows[:1000])
+    if not isinstance(form, Columns):
+        raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
+    return replace(form, **given)
