@@ -86,6 +86,7 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
         "image": IMAGE if scored else "",
         "audited": "clear_decision" in whole.column_names,
         "command": more.pop("command", ""),
+        "code": _code(clear, more, source, next(iter(rows))) if clear and source and "gamma" in more else "",
         "settings": {_cell(name): _cell(value) for name, value in {**settings_of(clear), **more}.items()},
         "examples": _examples(whole, clear),
     }
@@ -154,11 +155,42 @@ def settings_of(clear: Clear | None) -> dict[str, Any]:
         if value is None or (field.name == "writer" and not value):
             continue
         if is_dataclass(value):
-            value = repr(value)
+            value = _repr(value)
         elif isinstance(value, str) and os.path.isabs(value):
             value = Path(value).name  # no folders of this machine
         found[field.name] = value
     return found
+
+
+def _code(clear: Clear, settings: Mapping[str, Any], source: str, split: str) -> str:
+    """Lines of Python that do it again."""
+    import clear_datasets
+
+    usual = type(clear)("")
+    own = {f.name: getattr(clear, f.name) for f in fields(clear) if f.init and f.name != "model"}
+    given = [f"{name}={_repr(value)}" for name, value in own.items() if value != getattr(usual, name)]
+    steps = ["score", *(["propose", "prefer"] if clear.writer else [])]
+    cuts = [repr(settings[name]) for name in ("gamma", "eta") if name in settings]
+    lines = [
+        f"ds = load_dataset({source!r}, split={split!r})",
+        f"clear = Clear({', '.join([_repr(clear.model), *given])})",
+        *(f"ds = ds.map(clear.{step}, batched=True)" for step in steps),
+        f"ds = ds.map(decide({', '.join(cuts)}), batched=True)",
+        "ds = curated(ds)",
+    ]
+    ours = [n for n in clear_datasets.__all__ if re.search(rf"(?<!\.)\b{n}\(", "\n".join(lines))]
+    others = {type(v).__qualname__: type(v).__module__ for v in own.values() if is_dataclass(v)}
+    imports = [
+        f"from clear_datasets import {', '.join(ours)}",
+        *(f"from {module} import {name}" for name, module in others.items() if name not in ours),
+        "from datasets import load_dataset",
+    ]
+    return "\n".join([*imports, "", *lines])
+
+
+def _repr(value: Any) -> str:
+    """Without folders of this machine."""
+    return re.sub(r"(?<=')(/|[A-Za-z]:\\)[^']*[/\\]", "", repr(value))
 
 
 def _examples(rows: Dataset, clear: Clear | None) -> dict[str, list[dict[str, str]]]:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from clear_datasets import Clear, curated, decide
+from clear_datasets import BSDetector, Clear, Columns, Jaccard, curated, decide, threshold
+from clear_datasets.engines.transformers import Transformers
 from tests.conftest import make_tiny
 from tests.hub.server import Fault, Hub
 from tests.test_cli import run
@@ -83,6 +84,30 @@ def test_what_was_pushed_is_loaded_and_the_card_says_what_was_done(hub, client):
                   "- n<1K", "<pre>here</pre>", "(clear_confidence.png)"):  # fmt: skip
         assert piece in card
     assert len(hub.repos["me/x"].messages) == 2  # the Hub's own, and one
+
+
+def made_again(card: str, folder: str) -> list[dict[str, Any]]:
+    """What the lines of Python on a card make."""
+    os.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], names)
+    return names["ds"].to_list()
+
+
+def test_the_lines_on_the_card_make_the_same_rows_again(hub, client, tmp_path):
+    model = make_tiny(tmp_path / "model", ends=5, initializer_range=0.05)
+    source = Dataset.from_dict({"q": [f"Where is {i}?" for i in range(8)], "a": [f"at {i}" for i in range(8)]})
+    client(source.push_to_hub, "org/rows")
+    clear = Clear(str(model), format=Columns("q", "a"), engine=Transformers(str(model), dtype="float32"),
+                  confidence=BSDetector(k=2, similarity=Jaccard()))  # fmt: skip
+    rows = source.map(clear.score, batched=True)
+    gamma = threshold(rows, 0.4)
+    rows = rows.map(decide(gamma), batched=True)
+    client(push, rows, clear=clear, settings={"gamma": gamma}, source="org/rows")
+    card = hub.text("me/x", "README.md")
+    assert "from clear_datasets import BSDetector, Clear, Columns, Jaccard, curated, decide\n" in card
+    assert str(tmp_path) not in card
+    assert client(made_again, card, str(tmp_path)) == curated(rows).to_list()
 
 
 def test_splits_stay_and_a_second_push_replaces_the_first(hub, client):
