@@ -221,6 +221,9 @@ class Seed:
             every = [self.task.measure(texts[i], decided[int(i)]["references"]) for i in np.flatnonzero(rows)]
             return {k: round(float(np.mean([e[k] for e in every])), 3) for k in every[0]} if every else {}
 
+        above = {eta: judged & (preference > eta) for eta in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9)}
+        correct = [self.task.measure(c, r) for c, r in zip(candidates, decided["references"], strict=True)]
+        best = [next(iter(found.values())) == 1 for found in correct]
         counts = {d: int((decisions == d).sum()) for d in ("keep", "drop", "replace")}
         return {
             "auroc": round(noise.auroc(decided["clear_confidence"][:], list(~noisy)), 3),
@@ -236,6 +239,10 @@ class Seed:
             "candidates of replaced rows": right(candidates, replaced),
             "candidates of all judged rows": right(candidates, judged),
             "targets of all judged rows": right(targets, judged),
+            "auroc of preference for right candidates": round(
+                noise.auroc(preference[judged].tolist(), np.array(best)[judged].tolist()), 3
+            ),
+            "candidates above eta": {eta: {"rows": int(r.sum()), **right(candidates, r)} for eta, r in above.items()},
         }
 
 
