@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets import noise as makers
+from clear_datasets.apply import OURS
 from clear_datasets.confidence import BSDetector, Confidence
 from clear_datasets.engines import default_engine
-from clear_datasets.formats import FormatError, infer
+from clear_datasets.formats import Format, FormatError, infer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,18 +103,14 @@ def calibrate(
         raise ValueError(f"there is no noise {', '.join(unknown)}; known are {', '.join(makers.MAKERS)}")
     form = clear.format or infer(ds.features)
     notes: list[str] = []
-    sample = _noisy(ds.with_format(None), noise, fraction, rows, seed, clear.format, notes)
-    examples, positions = [], []
-    for i, row in enumerate(sample):
-        try:
-            examples.append(form.read(row))
-            positions.append(i)
-        except FormatError:
-            continue
-    good = np.array([not sample[i]["noise"] for i in positions])
+    sample = _noisy(_readable(ds, form, rows, seed, notes), noise, fraction, seed, form, notes)
+    examples, good = [form.read(row) for row in sample], np.array([not kind for kind in sample["noise"]])
+    if good.all() or not good.any():
+        raise ValueError(f"{len(good)} rows with fraction={fraction} have {(~good).sum()} wrong ones: take more rows")
     engine = clear.engine or default_engine(clear.model, clear.revision)
     signals: dict[str, Interval] = {}
-    tried = [_Tried(e, _whole(e)(examples, engine), good, seed) for e in (clear.confidence, *among)]
+    estimators = enumerate((clear.confidence, *among), start=1)
+    tried = [_Tried(e, _whole(e)(examples, engine), good, seed, number) for number, e in estimators]
     for one in tried:
         signals |= one.signals
     own = tried[0].without_the_useless(notes)
@@ -126,21 +123,37 @@ def calibrate(
            if gain[1] > 0 else ", as fitted ones were not better beyond the interval")
     )  # fmt: skip
     scores = chosen.scores(*weights)
+    if np.isnan(scores).all():
+        raise ValueError(f"no row has a score: {'; '.join(notes)}")
     signals["confidence, as it is now"] = interval(scores, good, seed)
     fitted = replace(clear, confidence=replace(chosen.estimator, alpha=weights[0], beta=weights[1]))
     return Calibration(
         fitted, _gamma(scores, good), signals, _thresholds(scores, good, seed),
-        _scored(sample, positions, scores, chosen), notes,
+        _scored(sample, scores, chosen), notes,
     )  # fmt: skip
 
 
+def _readable(ds: Dataset, form: Format, rows: int, seed: int, notes: list[str]) -> Dataset:
+    """Random rows, without columns of an earlier scoring."""
+    sample = ds.with_format(None).remove_columns([name for name in ds.column_names if name in OURS])
+    sample = sample.shuffle(seed=seed).select(range(min(rows, len(ds))))
+    reasons: dict[int, str] = {}
+    for i, row in enumerate(sample):
+        try:
+            form.read(row)
+        except FormatError as error:
+            reasons[i] = str(error)
+    if reasons:
+        notes.append(f"without {len(reasons)} of {len(sample)} rows; the first one: {next(iter(reasons.values()))}")
+    return sample.select([i for i in range(len(sample)) if i not in reasons])
+
+
 def _noisy(
-    ds: Dataset, kinds: Sequence[str], fraction: float, rows: int, seed: int, form: Any, notes: list[str]
+    sample: Dataset, kinds: Sequence[str], fraction: float, seed: int, form: Format, notes: list[str]
 ) -> Dataset:
     """An equal part of the rows for each maker that they allow."""
     from datasets import concatenate_datasets
 
-    sample = ds.shuffle(seed=seed).select(range(min(rows, len(ds))))
     left = list(kinds)
     while left:
         parts: list[Dataset] = []
@@ -162,9 +175,13 @@ def _whole(estimator: BSDetector) -> BSDetector:
 class _Tried:
     """An estimator's parts on the rows, and the weights that suit them."""
 
-    def __init__(self, estimator: BSDetector, found: Confidence, good: npt.NDArray[np.bool_], seed: int) -> None:
+    def __init__(
+        self, estimator: BSDetector, found: Confidence, good: npt.NDArray[np.bool_], seed: int, number: int
+    ) -> None:
         self.estimator, self.found, self.good, self.seed = estimator, found, good, seed
-        self.name = f"{estimator.samples}, {type(estimator.similarity).__name__}"
+        self.name = f"{estimator.samples}, {type(estimator.similarity).__name__}" + (
+            f" ({number})" if number > 1 else ""
+        )
         self.parts = {"s": found.similarity, "r": found.agreement, "f": found.reflection}
         if all(np.isnan(part).all() for part in self.parts.values()):
             raise ValueError(f"none of the rows could be scored: {next((e for e in found.errors if e), 'no reason')}")
@@ -273,12 +290,10 @@ def _thresholds(scores: Scores, good: npt.NDArray[np.bool_], seed: int) -> list[
     return found
 
 
-def _scored(sample: Dataset, positions: list[int], scores: Scores, chosen: _Tried) -> Dataset:
+def _scored(sample: Dataset, scores: Scores, chosen: _Tried) -> Dataset:
     added: dict[str, npt.NDArray[Any]] = {"clear_confidence": scores, "clear_consistency": chosen.found.consistency,
              "clear_reflection": chosen.found.reflection}  # fmt: skip
     rows = sample
     for name, values in added.items():
-        column = np.full(len(sample), np.nan, dtype=np.float32)
-        column[positions] = values
-        rows = rows.add_column(name, column)
+        rows = rows.add_column(name, values.astype(np.float32))
     return rows

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import html
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.resources import files
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,6 +55,7 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
     from huggingface_hub import DatasetCard
     from huggingface_hub.errors import HfHubHTTPError
 
+    from clear_datasets.confidence import BSDetector
     from clear_datasets.report import plot
 
     whole = concatenate_datasets([part.with_format(None) for part in rows.values()])
@@ -86,7 +85,8 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
         "image": IMAGE if scored else "",
         "audited": "clear_decision" in whole.column_names,
         "command": more.pop("command", ""),
-        "code": _code(clear, more, source, next(iter(rows))) if clear and source and "gamma" in more else "",
+        "code": _code(clear, more, source, rows) if clear else "",
+        "detector": clear is None or isinstance(clear.confidence, BSDetector),
         "settings": {_cell(name): _cell(value) for name, value in {**settings_of(clear), **more}.items()},
         "examples": _examples(whole, clear),
     }
@@ -149,48 +149,95 @@ def settings_of(clear: Clear | None) -> dict[str, Any]:
     """Every setting by its name, those of parts by the name of the part."""
     if clear is None:
         return {}
-    found: dict[str, Any] = {}
-    for field in fields(clear):
-        value = getattr(clear, field.name)
-        if value is None or (field.name == "writer" and not value):
-            continue
-        if is_dataclass(value):
-            value = _repr(value)
-        elif isinstance(value, str) and os.path.isabs(value):
-            value = Path(value).name  # no folders of this machine
-        found[field.name] = value
-    return found
+    found = {field.name: getattr(clear, field.name) for field in fields(clear)}
+    if clear.engine is not None and hasattr(clear.engine, "model"):
+        found.pop("model")  # the engine's own is what runs
+    return {name: _shown(value) for name, value in found.items() if value is not None and value != ""}
 
 
-def _code(clear: Clear, settings: Mapping[str, Any], source: str, split: str) -> str:
-    """Lines of Python that do it again."""
+def origin(part: Dataset) -> tuple[str, str, str]:
+    """Hub id, configuration and commit that rows were loaded from; "" where they were not.
+
+    A dataset says so in the names of its cache files alone: owner___name/configuration/version/commit/.
+    """
+    for file in part.cache_files:
+        names = re.split(r"[/\\]", file["filename"])[-5:-1]
+        if len(names) == 4 and "___" in names[0] and re.fullmatch("[0-9a-f]{40}", names[3]):
+            return names[0].replace("___", "/", 1), names[1], names[3]
+    return "", "", ""
+
+
+def _code(clear: Clear, settings: Mapping[str, Any], source: str, rows: Mapping[str, Dataset]) -> str:
+    """Lines of Python that do it again.
+
+    There are none where they would not: for some rows of a split, other sources than the Hub, a model that was trained
+    on the way, and parts that are not ours.
+    """
     import clear_datasets
 
-    usual = type(clear)("")
-    own = {f.name: getattr(clear, f.name) for f in fields(clear) if f.init and f.name != "model"}
-    given = [f"{name}={_repr(value)}" for name, value in own.items() if value != getattr(usual, name)]
-    steps = ["score", *(["propose", "prefer"] if clear.writer else [])]
-    cuts = [repr(settings[name]) for name in ("gamma", "eta") if name in settings]
+    part, *others = rows.values()
+    (known, config, commit), split = origin(part), str(part.split or "")
+    infos = dict(part.info.splits or {}) if known and (known, config) == (source, part.info.config_name) else {}
+    whole = split in infos and infos[split].num_examples == len(part)
+    if others or not whole or clear.writer or clear.engine or not _ours(clear) or "gamma" not in settings:
+        return ""
+    usual = type(clear)(clear.model)
+    given = [
+        f"{f.name}={_shown(value) if is_dataclass(value) else repr(_shown(value))}"
+        for f in fields(clear)
+        if f.name != "model" and (value := getattr(clear, f.name)) != getattr(usual, f.name)
+    ]
+    choices = [f"{name}={settings[name]!r}" for name in ("correct", "agreed", "failed") if name in settings]
+    where = [repr(source), *([repr(config)] if config != "default" else [])]
     lines = [
-        f"ds = load_dataset({source!r}, split={split!r})",
-        f"clear = Clear({', '.join([_repr(clear.model), *given])})",
-        *(f"ds = ds.map(clear.{step}, batched=True)" for step in steps),
-        f"ds = ds.map(decide({', '.join(cuts)}), batched=True)",
+        f"ds = load_dataset({', '.join(where)}, split={split!r}, revision={commit!r})",
+        f"clear = Clear({', '.join([repr(_shown(clear.model)), *given])})",
+        "ds = ds.map(clear.score, batched=True)",
+        f"ds = ds.map(decide({', '.join([repr(float(settings['gamma'])), *choices])}), batched=True)",
         "ds = curated(ds)",
     ]
-    ours = [n for n in clear_datasets.__all__ if re.search(rf"(?<!\.)\b{n}\(", "\n".join(lines))]
-    others = {type(v).__qualname__: type(v).__module__ for v in own.values() if is_dataclass(v)}
-    imports = [
-        f"from clear_datasets import {', '.join(ours)}",
-        *(f"from {module} import {name}" for name, module in others.items() if name not in ours),
-        "from datasets import load_dataset",
-    ]
-    return "\n".join([*imports, "", *lines])
+    named = [n for n in clear_datasets.__all__ if re.search(rf"(?<!\.)\b{n}\(", "\n".join(lines))]
+    return "\n".join(
+        [f"from clear_datasets import {', '.join(named)}", "from datasets import load_dataset", "", *lines]
+    )
 
 
-def _repr(value: Any) -> str:
-    """Without folders of this machine."""
-    return re.sub(r"(?<=')(/|[A-Za-z]:\\)[^']*[/\\]", "", repr(value))
+def _ours(value: Any) -> bool:
+    """Whether Python reads what `repr` says of it, with the public names of this package."""
+    import clear_datasets
+
+    if is_dataclass(value):
+        named = getattr(clear_datasets, type(value).__name__, None) is type(value)
+        return named and all(_ours(getattr(value, f.name)) for f in fields(value))
+    return type(value) in (str, int, float, bool, type(None))
+
+
+def _shown(value: Any) -> Any:
+    """A setting without folders of this machine; parts as Python writes them."""
+    if isinstance(value, str):
+        return last_part(value)
+    if not is_dataclass(value):
+        return value if isinstance(value, (int, float)) else type(value).__name__
+    text = repr(value)
+    for path in _texts(value):
+        text = text.replace(repr(path), repr(last_part(path)))
+    return text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif is_dataclass(value):
+        yield from (text for f in fields(value) for text in _texts(getattr(value, f.name)))
+    elif isinstance(value, (tuple, list)):
+        yield from (text for inner in value for text in _texts(inner))
+
+
+def last_part(text: str) -> str:
+    """The last part of an absolute path; another text as it is."""
+    if re.match(r"[/\\~]|[A-Za-z]:[/\\]", text):
+        return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    return text
 
 
 def _examples(rows: Dataset, clear: Clear | None) -> dict[str, list[dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -234,6 +235,11 @@ def calibrate(
     from clear_datasets import BSDetector, Clear, report
     from clear_datasets.calibrate import NOISES, calibrate
 
+    with clear_errors(2):
+        if page is not None and (page.suffix not in (".html", ".htm") or not page.parent.is_dir()):
+            raise ValueError(f"cannot write {page}: -o takes a page, like calibration.html, in a folder that is there")
+        if page is not None and find_spec("vl_convert") is None:
+            raise ImportError('-o needs vl-convert: pip install "clear-datasets[report]"')
     with clear_errors():
         found = load(src, split, config, revision, limit)
         form = options.format_of(found, prompt, response, input, context, system)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clear_datasets.apply import OURS
-from clear_datasets.card import IMAGE, Body, card, merged
+from clear_datasets.card import IMAGE, Body, card, merged, origin
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -199,14 +199,12 @@ def _wait(error: Exception, usual: float) -> float | None:
         kinds = {kind.__name__ for kind in type(seen).__mro__}  # of httpx, or httpx2 with huggingface_hub 2
         if kinds & {"TransportError", "ConnectionError", "TimeoutError"}:
             return usual
+        if type(seen) is RuntimeError and seen.__cause__ is seen.__context__ is None:
+            return usual  # older hf_xet says no more of a network that fails
         seen = seen.__cause__ or seen.__context__
     return None
 
 
 def source_of(parts: Iterable[Dataset]) -> str:
     """The Hub id that rows were loaded from, "" where it was none."""
-    for part in parts:
-        for url in part.info.download_checksums or {}:
-            if found := re.match(r"hf://datasets/([^/@]+/[^/@]+)@", url):
-                return found[1]
-    return ""
+    return next((known for known, *_ in map(origin, parts) if known), "")

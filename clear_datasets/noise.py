@@ -56,7 +56,7 @@ def wrong_sentence(
     passages, targets = ds[context], _targets(ds, format)
 
     def wrong(i: int) -> list[str]:
-        sentences = (s.strip() for s in re.split(r"(?<=[.!?])\s+", passages[i]))
+        sentences = (s.strip() for s in re.split(r"(?<=[.!?])\s+", passages[i] or ""))
         return [s for s in sentences if len(s.split()) > 3 and _plain(targets[i]) not in _plain(s)]
 
     return _replace(ds, "wrong_sentence", wrong, fraction, seed, format)

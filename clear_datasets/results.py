@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,14 +33,15 @@ def report(
     response: options.Response = None,
 ) -> None:
     """Write a page on which rows and thresholds can be looked at; it needs no network."""
-    from clear_datasets.formats import Columns
     from clear_datasets.report import report as write
 
     with clear_errors():
         rows, settings = _audit(out), kept_settings(out)
         gamma = settings.get("gamma") if gamma is None else gamma
         eta = settings.get("eta", 0.8) if eta is None else eta
-        form = Columns(prompt, response) if prompt and response else None
+        known = settings.get("columns", {})
+        form = options.format_of(rows, prompt or known.get("prompt"), response or known.get("response"),
+                                 *(known.get(name) for name in ("input", "context", "system")))  # fmt: skip
         file = write(rows, page or out.with_name(out.name + ".html"), gamma=gamma, eta=eta, format=form, title=out.name)
         console.print(f"wrote {file}")
 
@@ -54,6 +55,7 @@ def push(
     source: Annotated[str | None, typer.Option(help="Hub id of the source, for the card.")] = None,
 ) -> None:
     """Push curated rows, all rows with their scores, and a card that says what was done, to the Hub."""
+    from clear_datasets import Clear, Columns
     from clear_datasets.hub import push_to_hub
 
     with clear_errors():
@@ -61,9 +63,10 @@ def push(
         audit = _audit(out)
         if "clear_decision" not in audit.column_names:
             raise ValueError(f"{out} has no decisions: run clear-datasets curate first")
-        known = settings.pop("source", None)
+        known, columns = settings.pop("source", None), settings.pop("columns", None)
+        clear = Clear(settings.get("model", ""), format=Columns(**columns)) if columns else None
         address = push_to_hub(
-            rows, repo, audit, settings=settings, source=source or known,
+            rows, repo, audit, clear=clear, settings=settings, source=source or known,
             private=private or None, split=split, revision=revision,
         )  # fmt: skip
         print(address)
@@ -71,12 +74,15 @@ def push(
 
 def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:
     """Write beside OUT what made it: the card of `push` says so."""
-    from clear_datasets.card import settings_of
+    from clear_datasets.card import last_part, settings_of
+    from clear_datasets.formats import Columns
     from clear_datasets.hub import source_of
 
     if source := source_of([rows]):
         more["source"] = source
-    arguments = [Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]  # no folders of this machine
+    arguments = [name + is_ + last_part(value) for name, is_, value in map(_split, sys.argv[1:])]
+    if isinstance(clear.format, Columns):
+        more["columns"] = {name: column for name, column in asdict(clear.format).items() if column}
     record = {**settings_of(clear), **more, "command": shlex.join(["clear-datasets", *arguments])}
     write_text(_settings_file(out), json.dumps(record, indent=1, default=str) + "\n")
 
@@ -86,6 +92,12 @@ def kept_settings(out: Path) -> dict[str, Any]:
     file = _settings_file(out)
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return dict(found)
+
+
+def _split(argument: str) -> tuple[str, str, str]:
+    """Name, sign and value of --name=value; of another argument itself as the value."""
+    name, is_, value = argument.partition("=")
+    return (name, is_, value) if is_ and name.startswith("--") else ("", "", argument)
 
 
 def _settings_file(out: Path) -> Path:

@@ -138,6 +138,7 @@ def calibration_tables(found: Calibration) -> None:
     for note in found.notes:
         out.print(escape(note))
     out.print(f"gamma={found.gamma:.4f} finds most for the right rows that it loses")
+    out.print("wrong rows are those that were made wrong here: how many stand in the data is not known")
 
 
 def _short(text: str, size: int = 60, last: bool = False) -> str:
@@ -166,7 +167,7 @@ def clear_errors(code: int = 1) -> Iterator[None]:
             raise
         fail(str(error) or type(error).__name__, code)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on behind the last batch that was done", 130)
+        fail("interrupted; score, curate and fine-tuning go on behind the last batch that was done", 130)
 
 
 def fail(message: str, code: int) -> NoReturn:

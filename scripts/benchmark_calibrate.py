@@ -51,6 +51,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     model = str(fetch(args.model)) if args.model in MODELS else args.model
     result = json.loads(args.out.read_text()) if args.out.exists() else {"fits": {}, "tests": {}}
+    if result.get("model", Path(model).name) != Path(model).name:
+        raise SystemExit(f"{args.out} is of {result['model']}: give another --out")
     result |= {
         "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "

@@ -32,8 +32,10 @@ for block in re.finditer(r"^```python\\n(.*?)^```", text, re.M | re.S):
 SCORES = """
 from datasets import Dataset
 rows = Dataset.from_json("train.jsonl").select(range(4)).map(clear.score, batched=True)
-reasons = [e for e in rows["clear_error"] if "none of its labels" not in e]  # a tiny model says Yes or No by chance
-assert not any(reasons), reasons
+reasons = [e for e in rows["clear_error"] if e]
+if type(clear.engine).__name__ == "Pipeline":  # a tiny model says Yes or No by chance
+    reasons = [e for e in reasons if "none of its labels" not in e]
+assert not reasons, reasons
 """
 
 
@@ -42,7 +44,7 @@ def run(tmp_path, hub):  # noqa: F811
     """Run a page in a folder with the model and the rows that the pages name; what it says, and the Hub."""
     pytest.importorskip("trl")
     pytest.importorskip("altair")
-    make_tiny(tmp_path / "Qwen" / "Qwen2.5-7B-Instruct", ends=5, max_position_embeddings=2048)
+    make_tiny(tmp_path / "Qwen" / "Qwen2.5-7B-Instruct", ends=5, max_position_embeddings=2048, initializer_range=0.05)
     lines = (ROOT / "scripts" / "data" / "demo.jsonl").read_text().splitlines()[:24]
     rows = [{k: row[k] for k in ("context", "question", "answer")} for row in map(json.loads, lines)]
     text = "".join(json.dumps({**row, "options": ["yes", "no"]}) + "\n" for row in rows)

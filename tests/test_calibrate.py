@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from clear_datasets import BSDetector, Clear, Columns, decide, noise
 from clear_datasets.calibrate import calibrate
@@ -73,8 +73,22 @@ def test_more_estimators_are_tried_and_taken_only_where_they_are_better():
     assert found.clear.confidence.similarity == BSDetector().similarity
     assert "better by" in found.notes[-1]
     same = calibrate(Clear(engine=Scripted(answers=KNOWS)), ROWS, noise=["swap"], rows=N, among=[BSDetector(k=9)])
+    assert {"direct, Jaccard: similarity", "direct, Jaccard (2): similarity"} <= set(same.signals)
     assert same.clear.confidence.k == 5
     assert "not better beyond the interval" in same.notes[-1]
+
+
+class _Mine:
+    """An estimator that has no parts."""
+
+
+def test_rows_that_cannot_be_read_and_scores_of_earlier_runs_do_not_matter():
+    clear = Clear(engine=Scripted(answers=KNOWS))
+    empty = Dataset.from_dict({"question": ["", "Who?"], "answer": ["x", None]})
+    rows = concatenate_datasets([ROWS, empty]).map(clear.score, batched=True)
+    found = calibrate(clear, rows, noise=["swap"], rows=N + 2)
+    assert found.notes[0].startswith(f"without 2 of {N + 2} rows; the first one: column")
+    assert len(found.rows) == N
 
 
 def _nothing(pairs, engine):
@@ -90,6 +104,10 @@ def test_noise_that_the_rows_do_not_allow_is_left_out():
         calibrate(Clear(engine=Scripted(limit=3)), ROWS, noise=["swap"])
     with pytest.raises(ValueError, match="there is no noise typos; known are wrong_sentence, other_answer, swap"):
         calibrate(Clear(engine=Scripted()), ROWS, noise=["swap", "typos"])
+    with pytest.raises(TypeError, match="_Mine has none"):
+        calibrate(Clear(engine=Scripted(), confidence=_Mine()), ROWS)
+    with pytest.raises(ValueError, match="have 0 wrong ones"):
+        calibrate(Clear(engine=Scripted()), ROWS, noise=["swap"], rows=20, fraction=0.01)
     named = Dataset.from_dict({"q": ROWS["question"], "a": ROWS["answer"]})
     form = Columns("q", "a")
     assert calibrate(Clear(engine=Scripted(answers=KNOWS), format=form), named, noise=["swap"]).gamma > 0

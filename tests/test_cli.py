@@ -307,6 +307,9 @@ def test_calibrate_says_what_finds_noise(tiny, tmp_path):
     for piece in ("direct, Jaccard: similarity", "direct, Jaccard: reflection", "--keep", "gamma="):
         assert piece in done.stdout
     assert "What finds noise in these rows" in page.read_text()
+    for page in (tmp_path / "rows.jsonl", tmp_path / "no folder" / "page.html"):
+        done = run("calibrate", tmp_path / "rows.jsonl", "--model", tiny, "-o", page)
+        assert (done.returncode, "cannot write" in done.stderr) == (2, True)
     done = run("calibrate", tmp_path / "rows.jsonl", "--model", tiny, "--noise", "typos")
     assert (done.returncode, "there is no noise typos" in done.stderr) == (1, True)
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from clear_datasets import BSDetector, Clear, Columns, Jaccard, curated, decide, threshold
-from clear_datasets.engines.transformers import Transformers
+from clear_datasets import NLI, BSDetector, Clear, Columns, curated, decide, threshold
+from clear_datasets.card import settings_of
+from clear_datasets.engines.vllm import VLLM
+from clear_datasets.hub import _again as hub_again
 from tests.conftest import make_tiny
 from tests.hub.server import Fault, Hub
 from tests.test_cli import run
@@ -86,6 +90,10 @@ def test_what_was_pushed_is_loaded_and_the_card_says_what_was_done(hub, client):
     assert len(hub.repos["me/x"].messages) == 2  # the Hub's own, and one
 
 
+class Mine:
+    """An estimator of one's own."""
+
+
 def made_again(card: str, folder: str) -> list[dict[str, Any]]:
     """What the lines of Python on a card make."""
     os.chdir(folder)
@@ -96,18 +104,64 @@ def made_again(card: str, folder: str) -> list[dict[str, Any]]:
 
 def test_the_lines_on_the_card_make_the_same_rows_again(hub, client, tmp_path):
     model = make_tiny(tmp_path / "model", ends=5, initializer_range=0.05)
-    source = Dataset.from_dict({"q": [f"Where is {i}?" for i in range(8)], "a": [f"at {i}" for i in range(8)]})
-    client(source.push_to_hub, "org/rows")
-    clear = Clear(str(model), format=Columns("q", "a"), engine=Transformers(str(model), dtype="float32"),
-                  confidence=BSDetector(k=2, similarity=Jaccard()))  # fmt: skip
-    rows = source.map(clear.score, batched=True)
-    gamma = threshold(rows, 0.4)
-    rows = rows.map(decide(gamma), batched=True)
-    client(push, rows, clear=clear, settings={"gamma": gamma}, source="org/rows")
+    rows = Dataset.from_dict({"q": [f"Where is {i}?" for i in range(8)], "a": [f"at {i}" for i in range(8)]})
+    client(rows.push_to_hub, "org/rows", "named", split="test")
+    rows = client(load, "org/rows", "named")["test"]
+    clear = Clear(str(model), format=Columns("q", "a"), confidence=BSDetector(k=2))
+    rows = rows.map(clear.score, batched=True)
+    gamma = np.float64(threshold(rows, 0.4))
+    rows = rows.map(decide(gamma, failed="drop"), batched=True)
+    client(push, rows, clear=clear, settings={"gamma": gamma, "failed": "drop"})
     card = hub.text("me/x", "README.md")
     assert "from clear_datasets import BSDetector, Clear, Columns, Jaccard, curated, decide\n" in card
     assert str(tmp_path) not in card
     assert client(made_again, card, str(tmp_path)) == curated(rows).to_list()
+    client(push, rows.select(range(6)), "me/y", clear=clear, settings={"gamma": gamma})  # lines would take all rows
+    client(push, rows, "me/z", clear=clear.with_writer("adapter"), settings={"gamma": gamma})
+    client(push, rows, "me/w", clear=Clear(format=clear.format, confidence=Mine()), settings={"gamma": gamma})
+    for other in ("me/y", "me/z", "me/w"):
+        card = hub.text(other, "README.md")
+        assert "| gamma |" in card
+        assert "```python" not in card
+    assert "| confidence | Mine |" in card
+    assert "BSDetector's" not in card
+
+
+def test_folders_of_this_machine_are_not_on_the_card():
+    engine = VLLM("/home/d'angelo/models/x/", options=1, tokenizer="C:/Users/me/t")
+    found = settings_of(
+        Clear("m", engine=engine, writer=r"C:\Users\me\w", confidence=BSDetector(similarity=NLI("/srv/nli")))
+    )
+    assert "model" not in found
+    assert found["writer"] == "w"
+    text = str(found)
+    for piece in ("angelo", "Users", "/srv", "/home"):
+        assert piece not in text
+    for piece in ("'x'", "'t'", "'nli'"):
+        assert piece in text
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ConnectionResetError("cut"), True),
+        (OfflineModeIsEnabled("offline"), False),
+        (OSError("disk full"), False),
+        (RuntimeError("xet: no route"), True),
+        (ValueError("wrong"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error, again, monkeypatch):
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise error
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(type(error)):
+        hub_again(fail)
+    assert (len(calls) > 1) == again
 
 
 def test_splits_stay_and_a_second_push_replaces_the_first(hub, client):
