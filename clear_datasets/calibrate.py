@@ -245,7 +245,7 @@ class _Tried:
 def interval(scores: npt.ArrayLike, good: npt.NDArray[np.bool_], seed: int = 0) -> Interval:
     """AUROC with its 95% bootstrap interval."""
     values = np.asarray(scores, dtype=float)
-    return _bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
+    return bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
 
 
 def _difference(ours: Scores, theirs: Scores, good: npt.NDArray[np.bool_], seed: int) -> Interval:
@@ -253,10 +253,11 @@ def _difference(ours: Scores, theirs: Scores, good: npt.NDArray[np.bool_], seed:
         kinds = good[rows].tolist()
         return makers.auroc(ours[rows].tolist(), kinds) - makers.auroc(theirs[rows].tolist(), kinds)
 
-    return _bootstrap(gain, len(good), seed)
+    return bootstrap(gain, len(good), seed)
 
 
-def _bootstrap(figure: Any, size: int, seed: int) -> Interval:
+def bootstrap(figure: Any, size: int, seed: int = 0) -> Interval:
+    """A figure of all rows, and its 95% interval over rows drawn anew; `figure` takes their positions."""
     draws = np.random.default_rng(seed).integers(0, size, (_DRAWS, size))
     found = [figure(rows) for rows in draws]
     low, high = np.nanpercentile(found, [2.5, 97.5]) if not np.isnan(found).all() else (float("nan"),) * 2
@@ -285,7 +286,7 @@ def _thresholds(scores: Scores, good: npt.NDArray[np.bool_], seed: int) -> list[
         def precision(rows: npt.NDArray[Any], out: npt.NDArray[np.bool_] = out) -> float:
             return float(wrong[rows][out[rows]].mean()) if out[rows].any() else float("nan")
 
-        figures = (_bootstrap(figure, len(values), seed) for figure in (recall, precision))
+        figures = (bootstrap(figure, len(values), seed) for figure in (recall, precision))
         found.append(Threshold(gamma, float(1 - out.mean()), *figures))
     return found
 

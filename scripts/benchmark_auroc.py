@@ -11,10 +11,7 @@ model, task, half and number of rows; a run replaces the scores that it makes, a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,9 +20,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset
 from get_model import MODELS, fetch
+from this_run import this_run
 
 from clear_datasets import LLM, BSDetector, Clear, Embedding, Jaccard, infer, noise
 from clear_datasets.engines import Answers, Asks, Engine, Queued
@@ -136,13 +133,7 @@ def main() -> None:
     engine = Transformers(model)
     recorder = Recorder(engine)
     load(engine)
-    run = {
-        "scores_revision": SCORES_REVISION,
-        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
-        "date": datetime.date.today().isoformat(),
-    }
+    run = {"scores_revision": SCORES_REVISION, **this_run()}
     name = Path(model).name.removesuffix(".gguf")
     for task in args.task:
         for found in evaluate(task, args, recorder):

@@ -10,22 +10,20 @@ that was broken off goes on behind the last calibration or the last scored rows.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import numpy.typing as npt
-import torch
 from datasets import Dataset
 from get_model import MODELS, fetch
+from this_run import this_run
 
 from clear_datasets import BSDetector, Clear, calibrate, infer
 from clear_datasets import noise as makers
+from clear_datasets.calibrate import bootstrap
 from clear_datasets.engines import default_engine
 from clear_datasets.noise import auroc
 
@@ -53,13 +51,7 @@ def main() -> None:
     result = json.loads(args.out.read_text()) if args.out.exists() else {"fits": {}, "tests": {}}
     if result.get("model", Path(model).name) != Path(model).name:
         raise SystemExit(f"{args.out} is of {result['model']}: give another --out")
-    result |= {
-        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
-        "date": datetime.date.today().isoformat(),
-        "model": Path(model).name,
-    }
+    result |= {**this_run(), "model": Path(model).name}
     for name, (file, half, count, kind) in FITS.items():
         if name not in result["fits"]:
             result["fits"][name] = fit(model, rows_of(file, half, count), kind)
@@ -105,12 +97,10 @@ def test(model: str, rows: Dataset, fits: dict[str, Any]) -> dict[str, Any]:
     def recall(values: npt.NDArray[np.float64], kinds: npt.NDArray[np.bool_]) -> float:
         return float((values[~kinds] <= np.nanmedian(values)).mean()) if (~kinds).any() else float("nan")
 
-    draws = np.random.default_rng(0).integers(0, len(good), (2000, len(good)))
-
     def figures(values: npt.NDArray[np.float64]) -> dict[str, Any]:
         return {
-            "auroc": interval(lambda d: auroc(values[d].tolist(), good[d].tolist()), draws),
-            "recall at the median": interval(lambda d: recall(values[d], good[d]), draws),
+            "auroc": rounded(bootstrap(lambda d: auroc(values[d].tolist(), good[d].tolist()), len(good))),
+            "recall at the median": rounded(bootstrap(lambda d: recall(values[d], good[d]), len(good))),
         }
 
     usual = scores(0.5, 0.7)
@@ -121,13 +111,8 @@ def test(model: str, rows: Dataset, fits: dict[str, Any]) -> dict[str, Any]:
         def gain(d: npt.NDArray[np.int64], own: npt.NDArray[np.float64] = own) -> float:
             return auroc(own[d].tolist(), good[d].tolist()) - auroc(usual[d].tolist(), good[d].tolist())
 
-        result["fitted"][name] = {**figures(own), "gain": interval(gain, draws)}
+        result["fitted"][name] = {**figures(own), "gain": rounded(bootstrap(gain, len(good)))}
     return result
-
-
-def interval(figure: Any, draws: npt.NDArray[np.int64]) -> list[float]:
-    low, high = np.nanpercentile([figure(d) for d in draws], [2.5, 97.5])
-    return rounded((figure(np.arange(draws.shape[1])), low, high))
 
 
 def rounded(values: Any) -> list[float]:

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -33,6 +31,7 @@ import datasets
 import numpy as np
 from datasets import Dataset
 from get_model import MODELS, fetch
+from this_run import this_run
 
 from clear_datasets import Clear, noise, prompts
 from clear_datasets.engines.checkpoint import source_of
@@ -103,10 +102,8 @@ def main() -> None:
         else:
             found = agree(engine, batch) if args.agree else compare(engine, batch, args.pairs)
     print(json.dumps(found, indent=1))
-    import torch
     import vllm
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     entry = {
         "model": Path(model).name.removesuffix(".gguf"),
         "compared": "vLLM with Transformers"
@@ -116,10 +113,7 @@ def main() -> None:
         else "score on vLLM with the floor",
         "rows": len(batch["noise"]),
         "scores_revision": SCORES_REVISION,
-        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {gpu}, "
-        f"vllm {vllm.__version__}, torch {torch.__version__}",
-        "date": datetime.date.today().isoformat(),
+        **this_run(f"vllm {vllm.__version__}"),
         **found,
     }
     if args.out:

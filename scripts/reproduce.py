@@ -12,11 +12,8 @@ broken off goes on behind the last batch or checkpoint when it is started again 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
-import sys
 from functools import cached_property
 from glob import escape
 from pathlib import Path
@@ -24,17 +21,18 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from get_model import MODELS, fetch
-from reproduce_report import ARMS, differences, figures, tables
+from reproduce_report import ARMS, differences, each, figures, tables
 from reproduce_tasks import TASKS, Task, any_file
+from this_run import this_run
 
 from clear_datasets import Clear, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.finetune import finetune
+from clear_datasets.options import Judge
 from clear_datasets.preference import by_name
 from clear_datasets.stages import Stages, usual_batch_size
 from clear_datasets.steps import CANDIDATES_REVISION, PREFERENCES_REVISION, SCORES_REVISION
@@ -90,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eta", type=float, default=0.8, help="preference above which a candidate replaces")
     parser.add_argument(
         "--preference",
-        choices=("confidence", "pairwise", "reasoned"),
+        choices=[str(judge) for judge in Judge],
         default="confidence",
         help="how candidates are judged",
     )
@@ -107,12 +105,6 @@ def begin(args: argparse.Namespace, kept: Path, content: str) -> dict[str, Any]:
     settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out")}
     settings |= {"kind": args.kind or (TASKS[args.task].noise if args.task in TASKS else "swap")}
     settings |= {"content": content, "revisions": [SCORES_REVISION, CANDIDATES_REVISION, PREFERENCES_REVISION]}
-    run = {
-        "command": "python " + " ".join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}, torch {torch.__version__}",
-        "date": datetime.date.today().isoformat(),
-    }
     new = {"settings": settings, "runs": [], "seeds": {}}
     old = json.loads(args.out.read_text()) if args.out.exists() else new
     before = json.loads(kept.read_text()) if kept.exists() else old["settings"]
@@ -120,7 +112,7 @@ def begin(args: argparse.Namespace, kept: Path, content: str) -> dict[str, Any]:
         other = [k for k in settings if before.get(k) != settings[k]]
         raise SystemExit(f"{kept.parent} was made with other {', '.join(other)}: give another --out, or delete both")
     write(kept, settings)
-    return {**old, "runs": [*old["runs"], run]}
+    return {**old, "runs": [*old["runs"], this_run()]}
 
 
 def write(file: Path, content: Any) -> None:
@@ -217,13 +209,16 @@ class Seed:
         preference = np.array(decided["clear_preference"][:], dtype=float)
         longer = np.array([len(c) > len(t) for c, t in zip(candidates, targets, strict=True)])
 
-        def right(texts: list[str], rows: np.ndarray) -> dict[str, float]:
-            every = [self.task.measure(texts[i], decided[int(i)]["references"]) for i in np.flatnonzero(rows)]
-            return {k: round(float(np.mean([e[k] for e in every])), 3) for k in every[0]} if every else {}
+        measured = {
+            "targets": each(self.task, decided, targets),
+            "candidates": each(self.task, decided, candidates),
+        }
+
+        def right(of: str, rows: np.ndarray) -> dict[str, float]:
+            return {k: round(float(v[rows].mean()), 3) for k, v in measured[of].items()} if rows.any() else {}
 
         above = {eta: judged & (preference > eta) for eta in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9)}
-        correct = [self.task.measure(c, r) for c, r in zip(candidates, decided["references"], strict=True)]
-        best = [next(iter(found.values())) == 1 for found in correct]
+        best = next(iter(measured["candidates"].values()))[judged] == 1
         counts = {d: int((decisions == d).sum()) for d in ("keep", "drop", "replace")}
         return {
             "auroc": round(noise.auroc(decided["clear_confidence"][:], list(~noisy)), 3),
@@ -231,18 +226,18 @@ class Seed:
             "wrong targets": {d: int((noisy & (decisions == d)).sum()) for d in counts},
             "candidates": int(judged.sum()),
             "agreed": int(agreed.sum()),
-            "targets of agreed rows": right(targets, agreed),
+            "targets of agreed rows": right("targets", agreed),
             "preferred": int((preference > 0.5).sum()),
             "longer among candidates": round(float(longer[judged].mean()), 3) if judged.any() else None,
             "longer among replaced": round(float(longer[replaced].mean()), 3) if replaced.any() else None,
-            "targets of replaced rows": right(targets, replaced),
-            "candidates of replaced rows": right(candidates, replaced),
-            "candidates of all judged rows": right(candidates, judged),
-            "targets of all judged rows": right(targets, judged),
+            "targets of replaced rows": right("targets", replaced),
+            "candidates of replaced rows": right("candidates", replaced),
+            "candidates of all judged rows": right("candidates", judged),
+            "targets of all judged rows": right("targets", judged),
             "auroc of preference for right candidates": round(
-                noise.auroc(preference[judged].tolist(), np.array(best)[judged].tolist()), 3
+                noise.auroc(preference[judged].tolist(), best.tolist()), 3
             ),
-            "candidates above eta": {eta: {"rows": int(r.sum()), **right(candidates, r)} for eta, r in above.items()},
+            "candidates above eta": {eta: {"rows": int(r.sum()), **right("candidates", r)} for eta, r in above.items()},
         }
 
 

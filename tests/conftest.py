@@ -6,7 +6,8 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 
 from clear_datasets.engines import Asks, Engine, Messages, PromptError
+from tests.hub.server import Hub
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -133,3 +135,13 @@ def half_billion() -> str:
 @pytest.fixture
 def user() -> Callable[[str], list[dict[str, str]]]:
     return lambda text: [{"role": "user", "content": text}]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on loopback."""
+    (tmp_path / "lfs").mkdir()
+    with Hub(tmp_path / "lfs") as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

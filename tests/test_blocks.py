@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_tiny
-from tests.test_hub import hub  # noqa: F401, a fixture
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,7 +39,7 @@ assert not reasons, reasons
 
 
 @pytest.fixture
-def run(tmp_path, hub):  # noqa: F811
+def run(tmp_path, hub):
     """Run a page in a folder with the model and the rows that the pages name; what it says, and the Hub."""
     pytest.importorskip("trl")
     pytest.importorskip("altair")

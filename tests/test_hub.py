@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -21,21 +20,12 @@ from clear_datasets.card import settings_of
 from clear_datasets.engines.vllm import VLLM
 from clear_datasets.hub import _again as hub_again
 from tests.conftest import make_tiny
-from tests.hub.server import Fault, Hub
+from tests.hub.server import Fault
 from tests.test_cli import run
 
 pytest.importorskip("altair")
 
 NAN = float("nan")
-
-
-@pytest.fixture
-def hub(tmp_path) -> Iterator[Hub]:
-    (tmp_path / "lfs").mkdir()
-    with Hub(tmp_path / "lfs") as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -282,6 +272,23 @@ def test_the_command_line_pushes_what_curate_has_written(hub, client, tmp_path):
     assert (wrong.returncode, "have no scores" in wrong.stderr) == (1, True)
     refused = run("push", out, "me/x", HF_TOKEN="hf_reader")
     assert (refused.returncode, "403" in refused.stderr) == (1, True)
+
+
+def test_columns_that_were_named_stay_named(hub, client, tmp_path):
+    model = make_tiny(tmp_path / "model", ends=5, initializer_range=0.05)
+    rows = [{"q": f"Where is {i}?", "a": f"at {i}"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, named = tmp_path / "curated.jsonl", ("--prompt", "q", "--response", "a")
+    done = run("curate", tmp_path / "rows.jsonl", "-o", out, f"--model={model}", "--samples", "1", *named)
+    assert done.returncode == 0, done.stderr
+    for command in (("report", out), ("push", out, "me/x")):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    assert "Where is 0?" in (tmp_path / "curated.jsonl.html").read_text()
+    card = hub.text("me/x", "README.md")
+    assert "<pre>Where is" in card
+    assert "--model=model --samples 1 --prompt q --response a" in card
+    assert str(tmp_path) not in card
 
 
 def test_300_megabytes_in_several_files(hub, client, tmp_path):
