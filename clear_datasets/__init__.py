@@ -16,7 +16,7 @@ from clear_datasets.formats import Chat, Columns, Example, infer
 from clear_datasets.hub import push_to_hub
 from clear_datasets.preference import ByConfidence, Pairwise
 from clear_datasets.report import plot, report
-from clear_datasets.similarity import LLM, NLI, Embedding, Jaccard
+from clear_datasets.similarity import LLM, NLI, Embedding, FinalAnswer, Jaccard
 from clear_datasets.steps import Clear
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "Columns",
     "Embedding",
     "Example",
+    "FinalAnswer",
     "Jaccard",
     "Pairwise",
     "above",

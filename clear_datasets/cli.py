@@ -60,16 +60,15 @@ def score(
     response: options.Response = None,
     system: options.System = None,
     samples: options.Samples = 5,
+    math: options.Math = False,
 ) -> None:
     """Add confidence columns to every row of SRC."""
-    from clear_datasets import BSDetector, Clear
-
     with clear_errors(2):
         check_out(out, src)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
-        clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
+        clear = options.steps(model, model_revision, form, samples, math)
         scored = _stages(out, batch_size).score(rows, clear)
         write(scored, out)
         summary(scored, out, clear, None)
@@ -95,6 +94,7 @@ def curate(
     response: options.Response = None,
     system: options.System = None,
     samples: options.Samples = 5,
+    math: options.Math = False,
     correct: options.Correct = False,
     writer: options.Writer = None,
     finetune: Annotated[
@@ -114,8 +114,7 @@ def curate(
     its answer where MODEL itself is sure that it is better. A run that was broken off goes on behind the last batch
     that was done (clear_stages, beside OUT) or the last checkpoint of fine-tuning.
     """
-    from clear_datasets import BSDetector, Clear, curated, decide, threshold
-    from clear_datasets.preference import by_name
+    from clear_datasets import curated, decide, threshold
     from clear_datasets.stages import train_writer
 
     with clear_errors(2):
@@ -129,13 +128,7 @@ def curate(
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
-        clear = Clear(
-            model,
-            model_revision,
-            format=form,
-            confidence=BSDetector(k=samples),
-            preference=by_name(preference, samples),
-        )
+        clear = options.steps(model, model_revision, form, samples, math, preference)
         stages = _stages(out, batch_size)
         scored = stages.score(rows, clear)
         older = ("candidate", "agreed", "preference", "position_bias", "decision")  # of an audit as SRC
@@ -182,11 +175,10 @@ def estimate(
     response: options.Response = None,
     system: options.System = None,
     samples: options.Samples = 5,
+    math: options.Math = False,
 ) -> None:
     """Say what `curate` will take: tokens, time and money, from a run on a few random rows of SRC."""
-    from clear_datasets import BSDetector, Clear
     from clear_datasets.estimate import estimate
-    from clear_datasets.preference import by_name
     from clear_datasets.stages import usual_batch_size
 
     with clear_errors(2):
@@ -195,13 +187,7 @@ def estimate(
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
-        clear = Clear(
-            model,
-            model_revision,
-            format=form,
-            confidence=BSDetector(k=samples),
-            preference=by_name(preference, samples),
-        )
+        clear = options.steps(model, model_revision, form, samples, math, preference)
         clear = clear.with_writer(writer) if writer else clear
         console.print(f"running {min(probe, len(rows)):,} of {len(rows):,} rows")
         size = batch_size or usual_batch_size()
@@ -230,9 +216,10 @@ def calibrate(
     response: options.Response = None,
     system: options.System = None,
     samples: options.Samples = 5,
+    math: options.Math = False,
 ) -> None:
     """Say whether MODEL's confidence finds wrong targets in SRC, from rows that are made wrong on purpose."""
-    from clear_datasets import BSDetector, Clear, report
+    from clear_datasets import report
     from clear_datasets.calibrate import NOISES, calibrate
 
     with clear_errors(2):
@@ -243,7 +230,7 @@ def calibrate(
     with clear_errors():
         found = load(src, split, config, revision, limit)
         form = options.format_of(found, prompt, response, input, context, system)
-        clear = Clear(model, model_revision, format=form, confidence=BSDetector(k=samples))
+        clear = options.steps(model, model_revision, form, samples, math)
         console.print(f"running {min(rows, len(found)):,} of {len(found):,} rows")
         calibration = calibrate(clear, found, noise=noise or NOISES, fraction=fraction, rows=rows)
         calibration_tables(calibration)

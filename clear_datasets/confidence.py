@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from clear_datasets.asking import ask
 from clear_datasets.engines import Answers, Asks, Engine
 from clear_datasets.formats import Example
 from clear_datasets.prompts import Form
-from clear_datasets.similarity import NLI, Jaccard, Similarity, words
+from clear_datasets.similarity import NLI, FinalAnswer, Jaccard, Similarity, words
 
 Scores = npt.NDArray[np.float32]
 
@@ -88,6 +88,9 @@ class BSDetector:
     reflection, with the verdicts correct, incorrect and not sure at 1, 0 and 1/2; r is the share of samples that equal
     the response. Verdicts are probabilities of their letters, where the paper samples one letter.
 
+    *Plain*, for samples alone: the row's own prompt with nothing added, where targets are solutions whose reasoning the
+    samples need as well (`BSDetector.math`); the rest is as in the direct form.
+
     A part whose weight is 0 is not asked for: ``alpha=0`` does without samples, ``beta=1`` without reflection. Models
     of 0.5B parameters cannot judge, and lose by reflection: .003 of AUROC on SQuAD, .016 with the passage last.
 
@@ -103,7 +106,7 @@ class BSDetector:
         k: Samples a row.
         temperature: Of the samples.
         similarity: How far two responses agree.
-        samples: Form of the samples, "direct" or "reasoned".
+        samples: Form of the samples, "direct", "plain" or "reasoned".
         reflection: Form of the reflection, "direct" or "reasoned".
         max_tokens: After which a sample or an explanation is cut off; a direct sample sooner, at 32 tokens more than
             the response has bytes. No response has more tokens than bytes: what runs on so far is another answer. A
@@ -139,14 +142,14 @@ class BSDetector:
                 f"k={self.k}, max_tokens={self.max_tokens}, temperature={self.temperature}; "
                 "expected at least 1, 1 and 0"
             )
-        for name in ("samples", "reflection"):
-            if getattr(self, name) not in ("direct", "reasoned"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected 'direct' or 'reasoned'")
+        for name, forms in (("samples", get_args(Form)), ("reflection", ("direct", "reasoned"))):
+            if getattr(self, name) not in forms:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(repr, forms))}")
 
     @property
     def reads(self) -> bool:
         """Whether any weight is on how likely the response itself is."""
-        return self.beta > 0 and self.alpha < 1 and self.samples == "direct"
+        return self.beta > 0 and self.alpha < 1 and self.samples != "reasoned"
 
     def samples_needed(self, engine: Engine) -> bool:
         """Whether any sample has a weight: sampling is the cost."""
@@ -159,12 +162,27 @@ class BSDetector:
             >>> BSDetector().limit("the Alps")
             40
         """
-        return self.max_tokens if self.samples == "reasoned" else min(self.max_tokens, 32 + len(response.encode()))
+        return min(self.max_tokens, 32 + len(response.encode())) if self.samples == "direct" else self.max_tokens
 
     @classmethod
     def paper(cls) -> BSDetector:
         """The configuration of the paper."""
         return cls(alpha=0.8, beta=0.7, similarity=NLI(), samples="reasoned", reflection="reasoned")
+
+    @classmethod
+    def math(cls, k: int = 5) -> BSDetector:
+        """For targets that reason towards a result: samples on the row's own prompt, of which the result is compared.
+
+        Needs math-verify (``pip install "clear-datasets[math]"``).
+
+        Args:
+            k: Samples a row.
+
+        Examples:
+            >>> BSDetector.math().similarity
+            FinalAnswer()
+        """
+        return cls(alpha=1.0, k=k, similarity=FinalAnswer(), samples="plain", max_tokens=512)
 
     def __call__(self, examples: Sequence[Example], engine: Engine) -> Confidence:
         """Estimate the confidence of each example.

@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from clear_datasets import Clear
     from clear_datasets.formats import Format
 
 
@@ -52,6 +53,7 @@ Response = Annotated[str | None, typer.Option(help="Column of the target.")]
 Context = Annotated[str | None, typer.Option(help="Column of a passage that goes before the prompt.")]
 System = Annotated[str | None, typer.Option(help="Column of the system message.")]
 Samples = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
+Math = Annotated[bool, typer.Option("--math", help="Targets are solutions that end in a result: it alone is compared.")]
 Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
 Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
 Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes candidates.")]
@@ -80,3 +82,14 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
     if not isinstance(form, Columns):
         raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
     return replace(form, **given)
+
+
+def steps(
+    model: str, revision: str | None, form: Format | None, samples: int, math: bool, judge: str = Judge.confidence
+) -> Clear:
+    """The steps that these options stand for."""
+    from clear_datasets import BSDetector, Clear
+    from clear_datasets.preference import by_name
+
+    estimator = BSDetector.math(samples) if math else BSDetector(k=samples)
+    return Clear(model, revision, format=form, confidence=estimator, preference=by_name(judge, estimator))

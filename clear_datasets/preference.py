@@ -108,11 +108,12 @@ class Pairwise:
         return found.confidence.reshape(len(asked), 2, 2), errors
 
 
-def by_name(name: str, k: int = 5) -> Preference:
-    """The preference that a command line names, with so many samples."""
+def by_name(name: str, estimator: BSDetector) -> Preference:
+    """The preference that a command line names, with the estimator that scores."""
     if name == "confidence":
-        return ByConfidence(BSDetector(k=k))
-    return Pairwise(BSDetector(k=k, samples="reasoned", reflection="reasoned") if name == "reasoned" else None)
+        return ByConfidence(estimator)
+    reasoned = BSDetector(k=estimator.k, samples="reasoned", reflection="reasoned")
+    return Pairwise(reasoned if name == "reasoned" else None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from clear_datasets.engines import Messages
 
-Form = Literal["direct", "reasoned"]
+Form = Literal["direct", "plain", "reasoned"]  # of samples; reflection has no plain one
 
 LABELS = ("Yes", "No")
 VERDICTS = ("A", "B", "C")  # correct, incorrect, not sure
@@ -30,13 +30,13 @@ _REASONS = (
 
 
 def sample(prompt: Messages, form: Form) -> Messages:
-    r"""Ask for the model's own answer.
+    r"""Ask for the model's own answer; a plain sample has nothing but the row's own prompt.
 
     Examples:
         >>> sample([{"role": "user", "content": "2 + 2?"}], "direct")
         [{'role': 'user', 'content': '2 + 2?\n\nReply with the answer alone, without any explanation.'}]
     """
-    return _append(prompt, _SAMPLE[form])
+    return _append(prompt, _SAMPLE[form]) if form in _SAMPLE else prompt
 
 
 def answer_of(text: str, form: Form) -> str:

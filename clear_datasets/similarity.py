@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +69,65 @@ class Jaccard:
             left, right = set(words(a)), set(words(b))
             scores.append(len(left & right) / len(left | right) if left | right else 1.0)
         return np.asarray(scores, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class FinalAnswer:
+    """1 where two solutions come to the same result, 0 where they do not: for mathematics, whatever the way to it.
+
+    math-verify (``pip install "clear-datasets[math]"``) finds the result, boxed, behind "answer" or "=", or the last
+    number, and compares it as a number, to six decimals, or as an expression. A second text without a result
+    scores 0, a first one without a result nan: no sample can speak for such a target.
+
+    Examples:
+        >>> FinalAnswer()([("5 + 3 = 8 eggs.", "She has 8."), ("#### 8", "The answer is 9.")], engine=None)
+        array([1., 0.], dtype=float32)
+
+    References:
+        https://github.com/huggingface/Math-Verify
+    """
+
+    def __post_init__(self) -> None:
+        if find_spec("math_verify") is None:  # said before a sample is paid for
+            raise ImportError('FinalAnswer needs math-verify: pip install "clear-datasets[math]"')
+
+    def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
+        """See `Similarity`."""
+        results = {text: _result(text) for text in sorted({text for pair in pairs for text in pair})}
+        same = {(a, b): _same(results[a], results[b]) for a, b in set(pairs)}
+        return np.asarray([same[pair] for pair in pairs], dtype=np.float32)
+
+
+_SECONDS = 3  # for one expression: "9^9^9^9" has no end
+
+
+def _result(text: str) -> list[Any]:
+    """The last result of a text as an expression and as it is written; none of them where there is none."""
+    from math_verify import parse
+    from math_verify.errors import TimeoutException
+
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            "FinalAnswer bounds the time of each comparison by a signal, which reaches a process's main thread alone; "
+            f"this is {threading.current_thread().name}: score in the main thread, or in a process of its own"
+        )
+    try:
+        found: list[Any] = parse(text, parsing_timeout=_SECONDS, raise_on_error=True)
+    except (Exception, TimeoutException):  # it parses what anybody wrote, and fails in many ways
+        return []
+    return found
+
+
+def _same(first: list[Any], second: list[Any]) -> float:
+    from math_verify import verify
+    from math_verify.errors import TimeoutException
+
+    if not first or not second:
+        return 0.0 if first else float("nan")
+    try:
+        return float(verify(first, second, timeout_seconds=_SECONDS, raise_on_error=True))
+    except (Exception, TimeoutException):
+        return float(str(first[-1]) == str(second[-1]))
 
 
 @dataclass(frozen=True)

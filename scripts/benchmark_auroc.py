@@ -4,8 +4,8 @@
 
 Rows come from scripts/data (its README names sources and licences), from the half that the defaults were not chosen
 on. Answers that two estimators or tasks share are asked once; rows/s are measured before anything is shared, so they
-stand with the first task, for the default and for the first reasoned estimator. The output file has an entry for each
-model, task, half and number of rows; a run replaces the scores that it makes, and adds a line on itself to `runs`.
+stand with the first task, for the default, math, and the first reasoned estimator. The output file has an entry for
+each model, task, half and number of rows; a run replaces the scores that it makes, and adds a line on itself to `runs`.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def estimators(args: argparse.Namespace) -> dict[str, BSDetector]:
     if args.embedding:
         similarities["embedding"] = Embedding(args.embedding)
     every = {"default": BSDetector()} if "default" in args.forms else {}
+    every |= {"math": BSDetector.math()} if "math" in args.forms else {}
     for form in [f for f in args.forms if f in ("direct", "reasoned")]:
         for name in args.similarities:
             if form == "reasoned":
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--half", choices=["choose", "report"], default="report")
-    forms = ["baselines", "default", "direct", "reasoned"]
+    forms = ["baselines", "default", "direct", "reasoned", "math"]
     parser.add_argument("--forms", nargs="*", choices=forms, default=forms[:3])
     parser.add_argument("--similarities", nargs="*", choices=["jaccard", "embedding", "llm"], default=["jaccard"])
     parser.add_argument("--embedding", help="a sentence-embedding checkpoint for the embedding similarity")
@@ -182,7 +183,7 @@ def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterato
         seconds = time.perf_counter() - started
         counts = zip(("prompt", "generated"), recorder.engine.tokens, before, strict=True)
         asked = {f"{kind}_tokens_per_row": round((now - then) / len(rows), 1) for kind, now, then in counts}
-        if task == args.task[0] and name in ("default", f"reasoned, {args.similarities[0]}"):
+        if task == args.task[0] and name in ("default", "math", f"reasoned, {args.similarities[0]}"):
             cost[name] = {"rows_per_second": round(len(rows) / seconds, 3), **asked}
         for part in ("confidence", "consistency", "reflection"):
             scores[f"{name}: {part}"] = measure(scored[f"clear_{part}"], good)

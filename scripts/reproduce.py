@@ -28,7 +28,7 @@ from reproduce_report import ARMS, differences, each, figures, tables
 from reproduce_tasks import TASKS, Task, any_file
 from this_run import this_run
 
-from clear_datasets import Clear, above, curated, decide, infer, noise, threshold
+from clear_datasets import BSDetector, Clear, above, curated, decide, infer, noise, threshold
 from clear_datasets.engines import Engine, default_engine
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.finetune import finetune
@@ -92,6 +92,7 @@ def arguments() -> argparse.Namespace:
         default="confidence",
         help="how candidates are judged",
     )
+    parser.add_argument("--math", action="store_true", help="targets are solutions: their result alone is compared")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     args = parser.parse_args()
     if unknown := set(args.arms) - set(ARMS):
@@ -102,7 +103,7 @@ def arguments() -> argparse.Namespace:
 
 def begin(args: argparse.Namespace, kept: Path, content: str) -> dict[str, Any]:
     """What an earlier run with the same settings, rows and model found, or an empty result."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out") and (k != "math" or v)}
     settings |= {"kind": args.kind or (TASKS[args.task].noise if args.task in TASKS else "swap")}
     settings |= {"content": content, "revisions": [SCORES_REVISION, CANDIDATES_REVISION, PREFERENCES_REVISION]}
     new = {"settings": settings, "runs": [], "seeds": {}}
@@ -129,7 +130,8 @@ class Seed:
     ) -> None:
         self.args, self.task, self.model, self.seed, self.folder = args, task, model, seed, folder
         folder.mkdir(exist_ok=True)
-        self.clear = Clear(model, preference=by_name(args.preference))
+        estimator = BSDetector.math() if args.math else BSDetector()
+        self.clear = Clear(model, confidence=estimator, preference=by_name(args.preference, estimator))
         self.noisy = self._noisy(pool)
         self.stages = Stages(folder / "stages", usual_batch_size())
         self.scored = self.stages.score(self.noisy, self.clear)

@@ -314,6 +314,19 @@ def test_calibrate_says_what_finds_noise(tiny, tmp_path):
     assert (done.returncode, "there is no noise typos" in done.stderr) == (1, True)
 
 
+def test_solutions_are_compared_by_their_results(tiny, tmp_path):
+    pytest.importorskip("math_verify")
+    rows = [{"question": f"{i} and 1?", "answer": f"{i}+1 = {i + 1}"} for i in range(4)] + [
+        {"question": "How many?", "answer": "Some."}
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run("score", tmp_path / "rows.jsonl", "-o", tmp_path / "out.parquet", "--model", tiny, "--math", "-k", "2")
+    assert done.returncode == 0, done.stderr
+    errors = Dataset.from_parquet(str(tmp_path / "out.parquet"))["clear_error"][:]
+    assert [bool(e) for e in errors] == [False] * 4 + [True]
+    assert "cannot compare" in errors[4]
+
+
 def test_help_has_examples():
     for command in ([], ["score"], ["curate"]):
         done = run(*command, "--help")

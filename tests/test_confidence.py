@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -57,6 +57,19 @@ def test_the_papers_form_takes_answers_behind_their_explanations_and_counts_equa
     reflection = (0.2 + 0.4 / 2 + 0.9 + 0.05 / 2) / 2
     np.testing.assert_allclose(found.reflection, [reflection] * 2, atol=1e-6)
     np.testing.assert_allclose(found.confidence, [0.7 + 0.3 * reflection, 0.3 * reflection], atol=1e-6)
+
+
+def test_plain_samples_answer_the_rows_own_prompt_and_their_result_is_compared():
+    pytest.importorskip("math_verify")
+    engine = Scripted(answers=(("Reply with", "7"), ("How many eggs?", "5 and 3 make 8.")), yes=("How many eggs?",))
+    settings = BSDetector.math()
+    found = settings([example("How many eggs?", "3+5 = 8\n#### 8"), example("How many eggs?", "#### 9"),
+                      example("How many eggs?", "Some.")], engine)  # fmt: skip
+    np.testing.assert_allclose(found.similarity, [1, 0, math.nan])
+    np.testing.assert_allclose(found.confidence, [0.7 + 0.3 * 0.9, 0.3 * 0.9, math.nan], atol=1e-6)
+    assert found.errors == ["", "", "the similarity cannot compare the response with the model's own answers"]
+    reading = replace(settings, alpha=0)([example("How many eggs?", "#### 8")], engine)
+    assert reading.agreement[0] == pytest.approx(1 / (1 + math.exp(-3 * 1.9 / 3)))  # of the plain prompt over none
 
 
 def test_paper_is_the_papers_configuration():
@@ -204,7 +217,8 @@ def test_nothing_in_nothing_out():
         ({"alpha": 2}, "alpha is 2"),
         ({"temperature": -1}, "temperature=-1"),
         ({"k": 0}, "k=0"),
-        ({"samples": "long"}, "samples is 'long'; expected 'direct' or"),
+        ({"samples": "long"}, "samples is 'long'; expected 'direct' or 'plain' or 'reasoned'"),
+        ({"reflection": "plain"}, "reflection is 'plain'; expected 'direct' or 'reasoned'"),
     ],
 )
 def test_settings_are_checked(settings, match):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from clear_datasets import LLM, NLI, BSDetector, Clear, Embedding, Jaccard
+from clear_datasets import LLM, NLI, BSDetector, Clear, Embedding, FinalAnswer, Jaccard
 from clear_datasets.engines.transformers import Transformers
 from tests.conftest import Scripted, make_tiny
 
@@ -39,6 +40,34 @@ PAIRS = [("the Alps", "In the Alps."), ("Rhine", "Rhine"), ("Rhine", "Main"), ("
 )
 def test_jaccard_compares_words(a, b, score):
     assert Jaccard()([(a, b)], None) == pytest.approx([score])
+
+
+@pytest.mark.parametrize(
+    "a, b, score",
+    [
+        ("She has 5+3=<<5+3=8>>8 eggs.\n#### 8", "5 and 3 make 8.", 1),
+        ("#### 8", "The answer is 9.", 0),
+        ("It costs $1,200.", "1200 dollars", 1),
+        ("So \\boxed{\\frac{1}{2}} of them", "0.5", 1),
+        ("x = 3, so 9 are left", "9", 1),
+        ("-8", "8", 0),
+        ("#### 8", "I do not know.", 0),
+        ("The Alps", "8", math.nan),
+        ("9^9^9^9^9", "3", 0),
+        ("9^9^9^9^9", "9^9^9^9^9", 1),
+        ("", "", math.nan),
+        ("\ud800 7", "\x00 7", 1),
+    ],
+)
+def test_final_answers_are_compared_as_numbers(a, b, score):
+    pytest.importorskip("math_verify")
+    assert FinalAnswer()([(a, b)], None) == pytest.approx([score], nan_ok=True)
+
+
+def test_final_answers_of_a_thread_are_refused_as_nothing_could_end_them():
+    pytest.importorskip("math_verify")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="main thread alone"):
+        pool.submit(FinalAnswer(), [("8", "8")], None).result()
 
 
 @pytest.fixture(scope="module")
