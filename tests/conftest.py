@@ -19,9 +19,13 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from clear_datasets.engines import Asks, Engine, Messages, PromptError
 from tests.hub.server import Hub
+
+settings.register_profile("whole", deadline=None)  # a busy machine is no failure
+settings.load_profile("whole")
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
