@@ -154,8 +154,8 @@ def load(config: VLLM) -> Loaded:
     if loaded is not None and (loaded.dead or (config.adapter and _rank(config.adapter) > loaded.rank)):
         config.close()
     if config.weights not in LOADED:
-        hint_at_ranks(config.gpus)
         with _deaf():  # an interrupt waits: half an import, or an engine that nobody knows, could not be used or ended
+            hint_at_ranks(config.gpus)
             _make_room(config)
             LOADED[config.weights] = Loaded(config)
     return LOADED[config.weights]
@@ -200,15 +200,23 @@ def _watch(client: Any) -> None:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that are started within do not hear an interrupt: it is for this one, which tells them to stop."""
+    """An interrupt waits for the end. Processes that are started within never hear it: this one tells them to stop."""
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # it would unblock the signal, later
+    late: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    # A blocked signal reaches another thread, of which a notebook has several, and Python raises it in this one.
+    handler = signal.signal(signal.SIGINT, lambda number, _: late.append(number)) if main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, handler or signal.default_int_handler)
+    if late:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _rank(adapter: str) -> int:
