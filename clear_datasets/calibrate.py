@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,8 @@ class Threshold:
     Attributes:
         gamma: The threshold.
         kept: Share of the rows above it.
-        recall: Share of the wrong rows that are not kept.
-        precision: Share of the rows that are not kept that are wrong.
+        recall: Share of the wrong rows that are not kept, with its 95% interval (Wilson's).
+        precision: Share of the rows that are not kept that are wrong, likewise.
     """
 
     gamma: float
@@ -128,7 +129,7 @@ def calibrate(
     signals["confidence, as it is now"] = interval(scores, good, seed)
     fitted = replace(clear, confidence=replace(chosen.estimator, alpha=weights[0], beta=weights[1]))
     return Calibration(
-        fitted, _gamma(scores, good), signals, _thresholds(scores, good, seed),
+        fitted, _gamma(scores, good), signals, _thresholds(scores, good),
         _scored(sample, scores, chosen), notes,
     )  # fmt: skip
 
@@ -272,23 +273,24 @@ def _gamma(scores: Scores, good: npt.NDArray[np.bool_]) -> float:
     return float(cuts[int(np.argmax(worth))])
 
 
-def _thresholds(scores: Scores, good: npt.NDArray[np.bool_], seed: int) -> list[Threshold]:
+def _thresholds(scores: Scores, good: npt.NDArray[np.bool_]) -> list[Threshold]:
     known = ~np.isnan(scores)
     values, wrong = scores[known], ~good[known]
     found = []
     for kept in _GRID[1:-1]:
         gamma = float(np.quantile(values, 1 - kept))
         out = values <= gamma
-
-        def recall(rows: npt.NDArray[Any], out: npt.NDArray[np.bool_] = out) -> float:
-            return float(out[rows][wrong[rows]].mean()) if wrong[rows].any() else float("nan")
-
-        def precision(rows: npt.NDArray[Any], out: npt.NDArray[np.bool_] = out) -> float:
-            return float(wrong[rows][out[rows]].mean()) if out[rows].any() else float("nan")
-
-        figures = (bootstrap(figure, len(values), seed) for figure in (recall, precision))
-        found.append(Threshold(gamma, float(1 - out.mean()), *figures))
+        found.append(Threshold(gamma, float(1 - out.mean()), share(out[wrong]), share(wrong[out])))
     return found
+
+
+def share(hits: npt.NDArray[np.bool_]) -> Interval:
+    """A share with its 95% interval by Wilson's score: 40 of 40 is no certainty, as drawn anew it would be."""
+    if not len(hits):
+        return (float("nan"),) * 3
+    n, p, z = len(hits), float(hits.mean()), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def _scored(sample: Dataset, scores: Scores, chosen: _Tried) -> Dataset:

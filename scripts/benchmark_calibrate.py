@@ -23,7 +23,7 @@ from this_run import this_run
 
 from clear_datasets import BSDetector, Clear, calibrate, infer
 from clear_datasets import noise as makers
-from clear_datasets.calibrate import bootstrap
+from clear_datasets.calibrate import bootstrap, share
 from clear_datasets.engines import default_engine
 from clear_datasets.noise import auroc
 
@@ -94,13 +94,10 @@ def test(model: str, rows: Dataset, fits: dict[str, Any]) -> dict[str, Any]:
         parts = ((alpha * beta, found.similarity), ((1 - alpha) * beta, found.agreement), (1 - beta, found.reflection))
         return sum((w * p.astype(float) for w, p in parts if w), np.zeros(len(good)))
 
-    def recall(values: npt.NDArray[np.float64], kinds: npt.NDArray[np.bool_]) -> float:
-        return float((values[~kinds] <= np.nanmedian(values)).mean()) if (~kinds).any() else float("nan")
-
     def figures(values: npt.NDArray[np.float64]) -> dict[str, Any]:
         return {
             "auroc": rounded(bootstrap(lambda d: auroc(values[d].tolist(), good[d].tolist()), len(good))),
-            "recall at the median": rounded(bootstrap(lambda d: recall(values[d], good[d]), len(good))),
+            "recall at the median": rounded(share(values[~good] <= np.nanmedian(values))),
         }
 
     usual = scores(0.5, 0.7)

@@ -59,8 +59,10 @@ def test_what_is_predicted_for_a_threshold_holds_on_other_rows():
     found = calibrate(clear, ROWS, noise=["swap", "truncate"], rows=N, fraction=0.3)
     assert {n for n in found.rows["noise"] if n} == {"swap", "truncate"}
     others = noise.swap(ROWS, 0.3, seed=7).map(found.clear.score, batched=True)
-    median = next(t for t in found.thresholds if t.kept == pytest.approx(0.5, abs=0.2))
-    assert median.recall[1] <= median.recall[0] <= median.recall[2]
+    least = found.thresholds[0]
+    count = sum(n != "" for n in found.rows["noise"])
+    assert least.kept < 0.4
+    assert least.recall == pytest.approx((1, 1 / (1 + 1.96**2 / count), 1))  # all of them, which is no certainty
     decided = others.map(decide(found.gamma), batched=True)
     wrong = [d != "keep" for d, n in zip(decided["clear_decision"], decided["noise"], strict=True) if n]
     right = [d != "keep" for d, n in zip(decided["clear_decision"], decided["noise"], strict=True) if not n]
