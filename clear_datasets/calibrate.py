@@ -55,7 +55,7 @@ class Calibration:
         clear: The steps, with the weights that were fitted where these are better.
         gamma: A threshold for `decide`: where recall less the share of right rows that are lost is greatest.
         signals: The AUROC of each signal, 0.5 is chance.
-        thresholds: What a threshold would do, for keeping a tenth to nine tenths of the rows.
+        thresholds: What a threshold would do, for keeping a tenth to nine tenths of the rows; equal ones once.
         rows: The rows with their noise and their scores, for `report`.
         notes: What was found, in words.
     """
@@ -277,8 +277,7 @@ def _thresholds(scores: Scores, good: npt.NDArray[np.bool_]) -> list[Threshold]:
     known = ~np.isnan(scores)
     values, wrong = scores[known], ~good[known]
     found = []
-    for kept in _GRID[1:-1]:
-        gamma = float(np.quantile(values, 1 - kept))
+    for gamma in dict.fromkeys(float(np.quantile(values, 1 - kept)) for kept in _GRID[1:-1]):
         out = values <= gamma
         found.append(Threshold(gamma, float(1 - out.mean()), share(out[wrong]), share(wrong[out])))
     return found

@@ -79,7 +79,7 @@ def fit(model: str, rows: Dataset, kind: str) -> dict[str, Any]:
     return {
         "rows": len(rows), "alpha": estimator.alpha, "beta": estimator.beta,
         "signals": {name: rounded(value) for name, value in found.signals.items()},
-        "recall at the median": rounded(found.thresholds[4].recall),
+        "recall at the median": rounded(min(found.thresholds, key=lambda t: abs(t.kept - 0.5)).recall),
         "notes": found.notes,
     }  # fmt: skip
 

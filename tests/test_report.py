@@ -119,8 +119,9 @@ def test_what_calibrate_found_is_shown(opened):
     page = opened(rows, calibration=found)
     assert page.input_value("#gamma-number") == "0.25"
     cells = page.locator("#signals tbody td").all_inner_texts()
-    assert cells == [f"signal {BAD}", "0.750", "0.70 to 0.80"]
-    assert page.locator("#thresholds tbody td").all_inner_texts() == ["80%", "0.250", "0.90", "0.50"]
+    assert cells == [f"signal {BAD}", "0.750 (0.70 to 0.80)"]
+    cells = page.locator("#thresholds tbody td").all_inner_texts()
+    assert cells == ["80%", "0.250", "0.90 (0.80 to 1.00)", "0.50 (0.40 to 0.60)"]
     assert f"a note {BAD}" in page.inner_text("main")
     assert page.evaluate("window.hurt") is None
 
