@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Interval = tuple[float, float, float]  # a figure, and the least and the most that it may be, with 95%
 Scores = npt.NDArray[np.float64]
 
-NOISES = ("swap", "truncate", "wrong_sentence")  # by default
+NOISES = ("swap", "truncate", "wrong_sentence", "wrong_number")  # by default
 _FOLDS, _DRAWS = 5, 1000
 _GRID = tuple(round(0.1 * i, 1) for i in range(11))
 _NAMES = {"s": "similarity", "r": "agreement", "f": "reflection"}
@@ -127,6 +127,10 @@ def calibrate(
     if np.isnan(scores).all():
         raise ValueError(f"no row has a score: {'; '.join(notes)}")
     signals["confidence, as it is now"] = interval(scores, good, seed)
+    if len(kinds := sorted({kind for kind in sample["noise"] if kind})) > 1:  # one may be found, and another not at all
+        for kind in kinds:
+            rows_of = np.array([noise in ("", kind) for noise in sample["noise"]])
+            signals[f"confidence, as it is now: {kind}"] = interval(scores[rows_of], good[rows_of], seed)
     fitted = replace(clear, confidence=replace(chosen.estimator, alpha=weights[0], beta=weights[1]))
     return Calibration(
         fitted, _gamma(scores, good), signals, _thresholds(scores, good),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Gives the wrong targets that would do for a row, by its position; none means that the row cannot be made wrong.
 _Wrong = Callable[[int], Sequence[str]]
+_NUMBER = r"[0-9](?:[0-9.,]*[0-9])?"
 
 
 def wrong_sentence(
@@ -176,7 +177,41 @@ def corrupt_json(ds: Dataset, fraction: float = 0.2, seed: int = 0, *, format: F
     return _replace(ds, "corrupt_json", wrong, fraction, seed, format)
 
 
-MAKERS = {maker.__name__: maker for maker in (wrong_sentence, other_answer, swap, truncate, corrupt_json)}
+def wrong_number(ds: Dataset, fraction: float = 0.2, seed: int = 0, *, format: Format | None = None) -> Dataset:
+    """Change a digit of the target's last number, wherever that number stands in it: a slip, as models make them.
+
+    Args:
+        ds: Clean rows; targets without a digit are left alone.
+        fraction: Share of all rows to make wrong, in [0, 1].
+        seed: Seed of the choice of rows and digits.
+        format: How to read a row; inferred from the columns by default.
+
+    Returns:
+        The rows in their order, with the columns ``noise`` and ``noise_original``.
+
+    Raises:
+        ValueError: Fewer rows can be made wrong than are to be.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> ds = Dataset.from_dict({"question": ["6 times 7?"], "answer": ["6 * 7 = 42. It is 42."]})
+        >>> wrong_number(ds, fraction=1)[0]["answer"]
+        '6 * 7 = 46. It is 46.'
+    """
+    targets = _targets(ds, format)
+
+    def wrong(i: int) -> list[str]:
+        pieces = re.split(f"({_NUMBER})", targets[i])  # every second one is a number
+        if len(pieces) == 1:
+            return []
+        last = pieces[-2]
+        others = [last[:p] + d + last[p + 1 :] for p, c in enumerate(last) for d in _digits(c, p == 0 < len(last) - 1)]
+        return ["".join(other if piece == last else piece for piece in pieces) for other in others]
+
+    return _replace(ds, "wrong_number", wrong, fraction, seed, format)
+
+
+MAKERS = {m.__name__: m for m in (wrong_sentence, other_answer, swap, truncate, corrupt_json, wrong_number)}
 
 
 def _targets(ds: Dataset, format: Format | None) -> list[str]:
@@ -201,6 +236,11 @@ def _replace(ds: Dataset, name: str, wrong: _Wrong, fraction: float, seed: int, 
         return {**changed, "noise": name if i in chosen else "", "noise_original": form.read(row).response}
 
     return ds.map(write, with_indices=True, load_from_cache_file=False)
+
+
+def _digits(old: str, leading: bool) -> str:
+    """The digits that may stand for another one; none for what is no digit."""
+    return "0123456789"[leading:].replace(old, "") if old in "0123456789" else ""
 
 
 def _wanted(ds: Dataset, fraction: float) -> int:

@@ -59,6 +59,9 @@ def test_what_is_predicted_for_a_threshold_holds_on_other_rows():
     found = calibrate(clear, ROWS, noise=["swap", "truncate"], rows=N, fraction=0.3)
     assert {n for n in found.rows["noise"] if n} == {"swap", "truncate"}
     others = noise.swap(ROWS, 0.3, seed=7).map(found.clear.score, batched=True)
+    kinds = {name: found.signals[f"confidence, as it is now: {name}"] for name in ("swap", "truncate")}
+    assert min(v[0] for v in kinds.values()) <= found.signals["confidence, as it is now"][0]
+    assert max(v[0] for v in kinds.values()) >= found.signals["confidence, as it is now"][0]
     least = found.thresholds[0]
     count = sum(n != "" for n in found.rows["noise"])
     assert least.kept < 0.4

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -27,6 +28,7 @@ MAKERS = [
     (noise.swap, JSON),
     (noise.truncate, SQUAD.select(range(20))),
     (noise.corrupt_json, JSON),
+    (noise.wrong_number, JSON),
 ]
 
 
@@ -55,6 +57,22 @@ def test_wrong_sentences_come_from_the_passage_and_lack_the_answer():
 def test_other_answers_are_answers_on_the_same_passage():
     for row in noise.other_answer(SQUAD, fraction=1):
         assert row["answer"] in SQUAD.filter(lambda r, c=row["context"]: r["context"] == c)["answer"][:]
+
+
+@pytest.mark.parametrize(
+    "target", ["1 + 10 = 11.\n#### 11", "in 1,200 days, or 3.5 years", "7", "A2 and B12: 12% of 120 is 0.12, not 12"]
+)
+def test_a_wrong_number_is_the_last_one_with_another_digit_wherever_it_stands(target):
+    ds = Dataset.from_dict({"question": [f"{i}?" for i in range(50)], "answer": [target] * 50})
+    found = noise.wrong_number(ds, fraction=1)["answer"][:]
+    last = re.findall(r"\d[\d,.]*\d|\d", target)[-1]
+    parts = re.split(rf"(?<![\d,.]){re.escape(last)}(?!\d|[,.]\d)", target)
+    news = {new[len(parts[0]) :][: len(last)] for new in found}
+    assert set(found) == {new.join(parts) for new in news}
+    assert len(news) > 5
+    assert all(sum(a != b for a, b in zip(new, last, strict=True)) == 1 for new in news)
+    assert all(float(new.replace(",", "")) != float(last.replace(",", "")) for new in news)
+    assert not any(len(new) > 1 and re.match(r"0\d", new) for new in news)
 
 
 def test_swapped_targets_are_a_permutation():
