@@ -112,3 +112,22 @@ def test_the_readme_says_what_curation_gained(file, monkeypatch):
     result, shown = json.loads(file.read_text()), (ROOT / "README.md").read_text().splitlines()
     assert all(line in shown for line in tables(result).splitlines())
     assert result["runs"][-1]["command"] in shown
+
+
+def test_the_docs_say_how_far_calibrate_holds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmark_calibrate import table
+
+    result = json.loads((ROOT / "docs" / "benchmarks" / "calibrate.json").read_text())
+    shown = (ROOT / "docs" / "calibrate.md").read_text()
+    assert table(result) in shown
+    assert result["command"] in shown
+
+
+@pytest.mark.parametrize("fitted", ["SQuAD, swapped targets", "SQuAD, wrong sentences"])
+@pytest.mark.parametrize("tested", ["SQuAD, swapped targets", "SQuAD, wrong sentences"])
+def test_calibrate_predicts_on_squad_what_the_median_finds_on_other_rows(fitted, tested):
+    result = json.loads((ROOT / "docs" / "benchmarks" / "calibrate.json").read_text())
+    predicted = result["fits"][fitted]["recall at the median"][0]
+    measured = result["tests"][tested]["fitted"][fitted]["recall at the median"][0]
+    assert abs(predicted - measured) <= 0.1
