@@ -7,9 +7,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from clear_datasets.engines import Answers, Asks, Engine, PromptError
-
-_PARTS = ("generate", "choose", "read")
+from clear_datasets.engines import KINDS, Answers, Asks, Engine, PromptError
 
 
 def ask(engine: Engine, errors: list[str], asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
@@ -41,8 +39,8 @@ class _Batch:
 
     def __init__(self, each: Sequence[Asks]) -> None:
         self.each = each
-        joined: dict[str, Any] = {part: [p for asks in each for p in getattr(asks, part)] for part in _PARTS}
-        rows = {part: [i for i, asks in enumerate(each) for _ in getattr(asks, part)] for part in _PARTS}
+        joined: dict[str, Any] = {part: [p for asks in each for p in getattr(asks, part)] for part in KINDS}
+        rows = {part: [i for i, asks in enumerate(each) for _ in getattr(asks, part)] for part in KINDS}
         limits = [limit for asks in each for limit in asks.limits]
         seen: dict[str, int] = {}
         self.place = [seen.setdefault(repr(p), len(seen)) for p in joined["generate"]]
@@ -51,7 +49,7 @@ class _Batch:
         for i, place in enumerate(self.place):
             longest[place] = max(longest[place], limits[i])
             self.owners[place].append(rows["generate"][i])
-        self.owners += [[row] for part in _PARTS[1:] for row in rows[part]]
+        self.owners += [[row] for part in KINDS[1:] for row in rows[part]]
         distinct = dict(zip(self.place, joined["generate"], strict=True))
         joined["generate"] = [distinct[place] for place in range(len(seen))]
         self.asks = replace(each[0], max_tokens=longest, **joined)
@@ -60,7 +58,7 @@ class _Batch:
         """The answers of each row, out of those to all of them."""
         generated = [answers.generated[place] for place in self.place]
         cut = [answers.cut[place] for place in self.place] if answers.cut else []
-        ends = {part: list(accumulate((len(getattr(a, part)) for a in self.each), initial=0)) for part in _PARTS}
+        ends = {part: list(accumulate((len(getattr(a, part)) for a in self.each), initial=0)) for part in KINDS}
         return [
             Answers(
                 generated[ends["generate"][i] : ends["generate"][i + 1]],

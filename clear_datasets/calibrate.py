@@ -13,7 +13,6 @@ import numpy.typing as npt
 from clear_datasets import noise as makers
 from clear_datasets.apply import OURS
 from clear_datasets.confidence import BSDetector, Confidence
-from clear_datasets.engines import default_engine
 from clear_datasets.formats import Format, FormatError, infer
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def calibrate(
     examples, good = [form.read(row) for row in sample], np.array([not kind for kind in sample["noise"]])
     if good.all() or not good.any():
         raise ValueError(f"{len(good)} rows with fraction={fraction} have {(~good).sum()} wrong ones: take more rows")
-    engine = clear.engine or default_engine(clear.model, clear.revision)
+    engine = clear._base(None)
     signals: dict[str, Interval] = {}
     estimators = enumerate((clear.confidence, *among), start=1)
     tried = [_Tried(e, _whole(e)(examples, engine), good, seed, number) for number, e in estimators]

@@ -149,7 +149,7 @@ def settings_of(clear: Clear | None) -> dict[str, Any]:
     """Every setting by its name, those of parts by the name of the part."""
     if clear is None:
         return {}
-    found = {field.name: getattr(clear, field.name) for field in fields(clear)}
+    found = {field.name: getattr(clear, field.name) for field in fields(clear) if field.compare}
     if clear.engine is not None and hasattr(clear.engine, "model"):
         found.pop("model")  # the engine's own is what runs
     return {name: _shown(value) for name, value in found.items() if value is not None and value != ""}
@@ -185,7 +185,7 @@ def _code(clear: Clear, settings: Mapping[str, Any], source: str, rows: Mapping[
     given = [
         f"{f.name}={_shown(value) if is_dataclass(value) else repr(_shown(value))}"
         for f in fields(clear)
-        if f.name != "model" and (value := getattr(clear, f.name)) != getattr(usual, f.name)
+        if f.name != "model" and f.compare and (value := getattr(clear, f.name)) != getattr(usual, f.name)
     ]
     choices = [f"{name}={settings[name]!r}" for name in ("correct", "agreed", "failed") if name in settings]
     where = [repr(source), *([repr(config)] if config != "default" else [])]

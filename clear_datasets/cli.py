@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clear_datasets import options, results
+from clear_datasets import cache_commands, options, results
 from clear_datasets.files import check_out, load, write
 from clear_datasets.terminal import calibration_tables, clear_errors, console, cost_table, summary
 
@@ -30,6 +30,8 @@ _EXAMPLES = """Examples:
   clear-datasets report curated.jsonl
 
   clear-datasets push curated.jsonl me/train-curated
+
+  clear-datasets cache prune --older-than 30d
 
   clear-datasets estimate train.jsonl --model Qwen/Qwen2.5-7B-Instruct --correct --price-per-hour 2.5
 
@@ -61,6 +63,7 @@ def score(
     system: options.System = None,
     samples: options.Samples = 5,
     math: options.Math = False,
+    cache: options.Cache = True,
 ) -> None:
     """Add confidence columns to every row of SRC."""
     with clear_errors(2):
@@ -68,7 +71,7 @@ def score(
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
-        clear = options.steps(model, model_revision, form, samples, math)
+        clear = options.steps(model, model_revision, form, samples, math, cache=cache)
         scored = _stages(out, batch_size).score(rows, clear)
         write(scored, out)
         summary(scored, out, clear, None)
@@ -95,6 +98,7 @@ def curate(
     system: options.System = None,
     samples: options.Samples = 5,
     math: options.Math = False,
+    cache: options.Cache = True,
     correct: options.Correct = False,
     writer: options.Writer = None,
     finetune: Annotated[
@@ -128,7 +132,7 @@ def curate(
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
-        clear = options.steps(model, model_revision, form, samples, math, preference)
+        clear = options.steps(model, model_revision, form, samples, math, preference, cache=cache)
         stages = _stages(out, batch_size)
         scored = stages.score(rows, clear)
         older = ("candidate", "agreed", "preference", "position_bias", "decision")  # of an audit as SRC
@@ -217,6 +221,7 @@ def calibrate(
     system: options.System = None,
     samples: options.Samples = 5,
     math: options.Math = False,
+    cache: options.Cache = True,
 ) -> None:
     """Say whether MODEL's confidence finds wrong targets in SRC, from rows that are made wrong on purpose."""
     from clear_datasets import report
@@ -230,7 +235,7 @@ def calibrate(
     with clear_errors():
         found = load(src, split, config, revision, limit)
         form = options.format_of(found, prompt, response, input, context, system)
-        clear = options.steps(model, model_revision, form, samples, math)
+        clear = options.steps(model, model_revision, form, samples, math, cache=cache)
         console.print(f"running {min(rows, len(found)):,} of {len(found):,} rows")
         calibration = calibrate(clear, found, noise=noise or NOISES, fraction=fraction, rows=rows)
         calibration_tables(calibration)
@@ -242,6 +247,7 @@ def calibrate(
 
 app.command(epilog=_EXAMPLES)(results.report)
 app.command(epilog=_EXAMPLES)(results.push)
+app.add_typer(cache_commands.app, name="cache")
 
 
 def _stages(out: Path, batch_size: int | None) -> Stages:

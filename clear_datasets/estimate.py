@@ -79,7 +79,7 @@ def estimate(
     tokenizer = AutoTokenizer.from_pretrained(source_of(clear.model), revision=clear.revision)
     chats = Chats.of(tokenizer, sys.maxsize, None)
     engine = Metered(clear.engine or default_engine(clear.model, clear.revision), chats)
-    base, scale = replace(clear, engine=engine, writer=None), len(rows) / len(sample)
+    base, scale = replace(clear, engine=engine, writer=None, cache=False), len(rows) / len(sample)
 
     def stage(name: str, step: Callable[..., Any], of: Dataset, used: Engine, times: int = 1) -> tuple[Dataset, Cost]:
         started = time.monotonic()

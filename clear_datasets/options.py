@@ -54,6 +54,9 @@ Context = Annotated[str | None, typer.Option(help="Column of a passage that goes
 System = Annotated[str | None, typer.Option(help="Column of the system message.")]
 Samples = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
 Math = Annotated[bool, typer.Option("--math", help="Targets are solutions that end in a result: it alone is compared.")]
+Cache = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Take answers that were paid for before, and keep new ones.")
+]
 Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
 Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
 Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes candidates.")]
@@ -85,11 +88,15 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
 
 
 def steps(
-    model: str, revision: str | None, form: Format | None, samples: int, math: bool, judge: str = Judge.confidence
-) -> Clear:
+    model: str, revision: str | None, form: Format | None, samples: int, math: bool, judge: str = Judge.confidence,
+    cache: bool = True,
+) -> Clear:  # fmt: skip
     """The steps that these options stand for."""
     from clear_datasets import BSDetector, Clear
     from clear_datasets.preference import by_name
 
     estimator = BSDetector.math(samples) if math else BSDetector(k=samples)
-    return Clear(model, revision, format=form, confidence=estimator, preference=by_name(judge, estimator))
+    preference = by_name(judge, estimator)
+    return Clear(
+        model, revision, format=form, confidence=estimator, preference=preference, cache=None if cache else False
+    )

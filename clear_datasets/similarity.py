@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from clear_datasets import prompts
 from clear_datasets.engines import Engine, PromptError
+from clear_datasets.engines.cache import Cached
+from clear_datasets.engines.checkpoint import after_fork, best_device, commit_of, stamp
 
 Pairs = Sequence[tuple[str, str]]
 Scores = npt.NDArray[np.float32]
@@ -172,6 +174,12 @@ class NLI:
 
     def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
         """See `Similarity`."""
+        unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))}, key=lambda p: (len(p[0]) + len(p[1]), p))
+        agree = dict(zip(unique, _once(engine, self, unique, self._agree), strict=True))
+        return np.asarray([(agree[a, b] + agree[b, a]) / 2 for a, b in pairs], dtype=np.float32)
+
+    def _agree(self, pairs: Pairs) -> list[float]:
+        """One minus the probability that the second text contradicts the first."""
         encoder = _encoder(self.model, self.revision, self.device, "AutoModelForSequenceClassification")
         names = {str(name).lower(): int(i) for i, name in encoder.model.config.id2label.items()}
         found = [i for name, i in names.items() if "contradict" in name]
@@ -180,13 +188,12 @@ class NLI:
                 f"{self.model} has the labels {', '.join(names)}; NLI needs one named contradiction: "
                 "give a checkpoint trained on MNLI, or set id2label in its config"
             )
-        unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))}, key=lambda p: (len(p[0]) + len(p[1]), p))
-        agree: dict[tuple[str, str], float] = {}
-        for start in range(0, len(unique), self.batch_size):
-            part = unique[start : start + self.batch_size]
+        agree: list[float] = []
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
             logits = encoder([a for a, _ in part], [b for _, b in part]).logits.float()
-            agree.update(zip(part, (1 - logits.softmax(-1)[:, found[0]]).tolist(), strict=True))
-        return np.asarray([(agree[a, b] + agree[b, a]) / 2 for a, b in pairs], dtype=np.float32)
+            agree += (1 - logits.softmax(-1)[:, found[0]]).tolist()
+        return agree
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,11 @@ class Embedding:
 
     def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
         """See `Similarity`."""
+        unique = sorted(set(pairs))
+        cosine = dict(zip(unique, _once(engine, self, unique, self._cosine), strict=True))
+        return np.asarray([cosine[pair] for pair in pairs], dtype=np.float32)
+
+    def _cosine(self, pairs: Pairs) -> list[float]:
         encoder = _encoder(self.model, self.revision, self.device, "AutoModel")
         unique = sorted({text for pair in pairs for text in pair}, key=lambda t: (len(t), t))
         vectors: dict[str, Any] = {}
@@ -218,12 +230,20 @@ class Embedding:
             mean = (out.last_hidden_state.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
             unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-9)
             vectors.update(zip(part, unit.cpu().numpy(), strict=True))
-        return np.asarray([np.clip(vectors[a] @ vectors[b], 0, 1) for a, b in pairs], dtype=np.float32)
+        return [float(np.clip(vectors[a] @ vectors[b], 0, 1)) for a, b in pairs]
+
+
+def _once(
+    engine: Engine | None, encoder: NLI | Embedding, pairs: Pairs, compare: Callable[[Pairs], list[float]]
+) -> list[float]:
+    """The scores of some pairs; those that the engine's cache knows are not compared again."""
+    if not isinstance(engine, Cached):
+        return compare(pairs)
+    model = stamp(encoder.model) or commit_of(encoder.model, encoder.revision)
+    return engine.similar(f"{type(encoder).__name__} {model}", pairs, compare)
 
 
 def _encoder(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
-    from clear_datasets.engines.checkpoint import after_fork
-
     after_fork()
     return _loaded(model, revision, device, auto)
 
@@ -249,8 +269,6 @@ class _Encoder:
 @lru_cache(maxsize=4)
 def _loaded(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
     import transformers
-
-    from clear_datasets.engines.checkpoint import best_device
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
     loaded = getattr(transformers, auto).from_pretrained(model, revision=revision)

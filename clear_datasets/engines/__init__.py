@@ -6,15 +6,20 @@ import importlib.util
 import os
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Messages = Sequence[dict[str, str]]
 """A chat: dicts with the keys ``role`` and ``content``, as every chat template takes them."""
+
+Kind = Literal["generate", "choose", "read"]
+"""What is asked of a prompt: samples, probabilities of labels, log-probabilities of a response."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class PromptError(ValueError):
@@ -39,7 +44,13 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asks:
-    """Everything that is asked about a batch of rows: the arguments of `generate`, `choose` and `logprobs`."""
+    """Everything that is asked about a batch of rows: the arguments of `generate`, `choose` and `logprobs`.
+
+    Attributes:
+        first: For each prompt to generate from, how many of its `n` samples are known already: it gets the others.
+        tell: Called with each answer as soon as it is there, by engines that can: its kind, its position in the list of
+            that kind, and ``(texts, whether each is cut off)`` or an array.
+    """
 
     generate: Sequence[Messages] = ()
     n: int = 1
@@ -48,6 +59,18 @@ class Asks:
     choose: Sequence[Messages] = ()
     labels: Sequence[str] = ()
     read: Sequence[tuple[Messages, str]] = ()
+    first: Sequence[int] = ()
+    tell: Callable[[Kind, int, Any], None] = field(default=lambda kind, position, value: None, repr=False)
+
+    @property
+    def firsts(self) -> list[int]:
+        """`first` of each prompt to generate from."""
+        return list(self.first) or [0] * len(self.generate)
+
+    @property
+    def draws(self) -> list[int]:
+        """How many samples to draw of each prompt: at temperature 0 one stands for all."""
+        return [self.n - first if self.temperature > 0 else 1 for first in self.firsts]
 
     @property
     def limits(self) -> list[int]:
@@ -90,6 +113,13 @@ class Engine(Protocol):
     def gpus(self) -> int:
         """How many GPUs it takes, where there are any."""
         return 1
+
+    @property
+    def identity(self) -> str:
+        """What its answers depend on: those of an engine with the same are taken for its own. By default, all of it."""
+        from datasets.fingerprint import Hasher
+
+        return f"{type(self).__qualname__} {Hasher.hash(self)}"
 
     def generate(
         self,
@@ -169,12 +199,24 @@ class Engine(Protocol):
             before += len(asks.choose)
             read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read]) if asks.read else []
             before = 0
-            generated = [] if not asks.generate else self.generate(
-                asks.generate, n=asks.n, temperature=asks.temperature, max_tokens=asks.max_tokens
-            )  # fmt: skip
+            generated = self._generated(asks)
         except PromptError as error:
             raise PromptError({before + i: reason for i, reason in error.reasons.items()}) from None
         return Answers(generated, chosen, read)
+
+    def _generated(self, asks: Asks) -> list[list[str]]:
+        """The samples that are not known, of all prompts that lack as many of them in one call."""
+        generated: list[list[str]] = [[] for _ in asks.generate]
+        firsts, limits = asks.firsts, asks.limits
+        for first in sorted(set(firsts)):
+            lacking = [i for i, known in enumerate(firsts) if known == first]
+            texts = self.generate(
+                [asks.generate[i] for i in lacking], n=asks.n - first, temperature=asks.temperature,
+                max_tokens=[limits[i] for i in lacking],
+            )  # fmt: skip
+            for i, found in zip(lacking, texts, strict=True):
+                generated[i] = found
+        return generated
 
 
 class Queued(Engine):

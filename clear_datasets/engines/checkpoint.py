@@ -177,11 +177,24 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: ``CLEAR_CACHE``, else ``clear_datasets`` beside the Hub's own cache."""
+def model_folder() -> Path:
+    """Where converted models are kept: ``clear_datasets`` beside the Hub's own cache."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(os.environ.get("CLEAR_CACHE") or Path(HF_HOME) / "clear_datasets")
+    return Path(HF_HOME) / "clear_datasets"
+
+
+@lru_cache  # once a process: a model that is changed on the Hub meanwhile is loaded already
+def commit_of(model: str, revision: str | None) -> str:
+    """The commit of a Hub model's revision, as `transformers` finds it; what was asked for, where none can be found."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(model, "config.json", revision=revision)
+        return f"{model}@{Path(file).parent.name}"
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # loading it will say what is wrong
+        return f"{model}@{revision or ''}"
 
 
 def from_gguf(file: Path) -> Path:
@@ -196,7 +209,7 @@ def from_gguf(file: Path) -> Path:
         )
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
-    folder = cache_folder() / "models" / f"{file.stem}-{digest}"
+    folder = model_folder() / "models" / f"{file.stem}-{digest}"
     if folder.is_dir():
         return folder
     import torch

@@ -84,6 +84,11 @@ class OpenAI(Queued):
                 "expected at least 1, 0, and more than 0 seconds"
             )
 
+    @property
+    def identity(self) -> str:
+        """See `Engine.identity`: of a server no more is known than its address and its name for a model."""
+        return repr(("OpenAI", self._where, self.model))
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "api_key": None}  # neither in a hash of datasets nor in a pickle
 
@@ -108,20 +113,27 @@ class OpenAI(Queued):
         """See `Engine.answer`: all that is asked about a batch at once."""
         read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read])
         jobs: list[tuple[str, _Job]] = []
-        draws = asks.n if asks.temperature > 0 else 1
-        for prompt, limit in zip(asks.generate, asks.limits, strict=True):
+        for prompt, draws, limit in zip(asks.generate, asks.draws, asks.limits, strict=True):
             key = repr((prompt, draws, asks.temperature, limit))
             jobs.append((key, partial(self._write, prompt, draws, asks.temperature, limit)))
         jobs += [(repr((p, tuple(asks.labels))), partial(self._weigh, p, asks.labels)) for p in asks.choose]
-        found = _wait(self._all(jobs))
-        written, weighed = found[: len(asks.generate)], found[len(asks.generate) :]
-        chosen = np.array(weighed, dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
-        written = [texts * (asks.n // draws) for texts in written]
+        times = asks.n if asks.temperature <= 0 else 1  # one was drawn for all
+        size = len(asks.generate)
+
+        def tell(position: int, result: Any) -> None:
+            if position < size:
+                asks.tell("generate", position, tuple(zip(*result * times, strict=True)))
+            else:
+                asks.tell("choose", position - size, result)
+
+        found = _wait(self._all(jobs, tell))
+        chosen = np.array(found[size:], dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
+        written = [texts * times for texts in found[:size]]
         cut = [[c for _, c in texts] for texts in written]
         return Answers([[text for text, _ in texts] for texts in written], chosen, read, cut)
 
-    async def _all(self, jobs: list[tuple[str, _Job]]) -> list[Any]:
-        """Results of all jobs in their order, `concurrency` at a time."""
+    async def _all(self, jobs: list[tuple[str, _Job]], tell: Callable[[int, Any], None]) -> list[Any]:
+        """Results of all jobs in their order, `concurrency` at a time; each is told as soon as it is there."""
         import openai
 
         paid = _PAID.setdefault(self, {})
@@ -137,6 +149,7 @@ class OpenAI(Queued):
                 try:
                     async with asyncio.timeout(self.deadline):
                         results[position] = paid[key] if key in paid else await job()
+                    tell(position, results[position])
                 except openai.APIStatusError as error:
                     if error.status_code in _REFUSED:
                         reasons[position] = f"the server refuses this prompt: {self._message(error)}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
-from clear_datasets.engines import Asks
+from clear_datasets.engines import Asks, Kind
 from clear_datasets.engines.chats import Chats
 from clear_datasets.engines.labels import Labels
 
@@ -22,9 +21,10 @@ class Request:
     """Tokens to read, and what is wanted after them."""
 
     ids: list[int]
-    kind: Literal["generate", "choose", "read"]
+    kind: Kind
     position: int  # in the list of its kind
     draws: int = 0  # samples to draw
+    first: int = 0  # number of the first of them
     room: int = 0  # tokens of a sample at most
     stem: tuple[int, ...] = ()  # choose: the tokens of a label that `ids` ends with
     tail: int = 0  # read: how many of the last ids are the response
@@ -43,8 +43,8 @@ def plan(asks: Asks, chats: Chats, spare: int = 0) -> tuple[list[Request], Label
     limits = asks.limits
     reserve = limits + [known.depth] * len(asks.choose) + [len(t) + spare for t in targets]
     encoded = iter(chats.encode([*asks.generate, *asks.choose, *(p for p, _ in asks.read)], reserve))
-    draws = asks.n if asks.temperature > 0 else 1  # at temperature 0 every sample is the same
-    requests = [Request(next(encoded), "generate", i, draws, room=room) for i, room in enumerate(limits)]
+    samples = enumerate(zip(asks.draws, asks.firsts, limits, strict=True))
+    requests = [Request(next(encoded), "generate", i, *sample) for i, sample in samples]
     for i in range(len(asks.choose)):
         ids = next(encoded)
         requests += [Request([*ids, *stem], "choose", i, stem=stem) for stem in known.stems]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Queued
-from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, load, stamp, unload
+from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, commit_of, load, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
 
@@ -56,6 +56,12 @@ class Transformers(Queued):
         files = stamp(self.model) + (stamp(self.adapter) if self.adapter else "")
         object.__setattr__(self, "stamp", files)  # another engine once the files have changed
 
+    @property
+    def identity(self) -> str:
+        """See `Engine.identity`."""
+        model = self.stamp or commit_of(self.model, self.revision)
+        return repr(("Transformers", model, self.dtype, self.seed))
+
     def with_writer(self, writer: str) -> Transformers:
         """See `Engine.with_writer`; the weights are loaded a second time."""
         adapter = adapter_of(writer)
@@ -71,33 +77,32 @@ class Transformers(Queued):
         requests, known = plan(asks, checkpoint.chats)
         masses = known.empty(len(asks.choose))
         read = [np.empty(0, np.float32) for _ in asks.read]
-        drawn: list[Draw] = []
+        stems = [len(known.stems)] * len(asks.choose)  # to be read
+        samples = _Samples(asks, checkpoint)
         waiting: list[Writing] = []
         budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
         for window in windows(group(requests, checkpoint.shares_prefix), budget):
             for request, result in self._window(window, checkpoint, asks, budget):
+                position = request.position
                 if request.kind == "choose":
-                    known.add(masses, request.position, request.stem, result)
+                    known.add(masses, position, request.stem, result)
+                    stems[position] -= 1
+                    if not stems[position]:
+                        asks.tell("choose", position, known.probabilities(masses[position : position + 1])[0])
                 elif request.kind == "read":
-                    read[request.position] = result
+                    read[position] = result
+                    asks.tell("read", position, result)
                 else:
-                    drawn += result.draws
+                    samples.add(result.draws)
                     if checkpoint.shares_prefix:
                         waiting.append(result)
                     else:
                         _finish(result, 0)
             if sum(len(w.draws) for w in waiting) >= _JOINED:
                 waiting = _together(waiting, last=False)
-        _together(waiting, last=True)
-        generated: list[list[str]] = [[] for _ in asks.generate]
-        cut: list[list[bool]] = [[] for _ in asks.generate]
-        for draw in drawn:  # the samples of a prompt come in their order
-            text = checkpoint.chats.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip()
-            generated[draw.position].append(text)
-            cut[draw.position].append(len(draw.tokens) == len(draw.uniform))
-        # At temperature 0 one was drawn for all.
-        generated, cut = [t * (asks.n // len(t)) for t in generated], [c * (asks.n // len(c)) for c in cut]
-        return Answers(generated, known.probabilities(masses), read, cut)
+            samples.tell(waiting)
+        samples.tell(_together(waiting, last=True))
+        return Answers(samples.texts, known.probabilities(masses), read, samples.cut)
 
     def _window(
         self, window: list[Run], checkpoint: Checkpoint, asks: Asks, budget: int
@@ -135,7 +140,7 @@ class Transformers(Queued):
             logits = state.forward([tokens for _, _, tokens in chunk], keep=max(q.tail for q in requests) + 1)
             if requests[0].kind == "generate":
                 drawn = [(i, q, s) for i, q in enumerate(requests) for s in range(q.draws)]
-                draws = [Draw(q.position, uniform(q.ids, s, self.seed, q.room)) for _, q, s in drawn]
+                draws = [Draw(q.position, uniform(q.ids, q.first + s, self.seed, q.room)) for _, q, s in drawn]
                 rows = [i for i, _, _ in drawn]
                 yield requests[0], Writing(state.select(rows), draws, asks.temperature, logits[rows, -1])
             elif requests[0].kind == "choose":
@@ -143,6 +148,36 @@ class Transformers(Queued):
             else:
                 for request, row in zip(requests, logits, strict=True):
                     yield request, _logprobs(row[-request.tail - 1 : -1], request.ids[-request.tail :])
+
+
+class _Samples:
+    """What was drawn, as texts, told as soon as all samples of a prompt are finished.
+
+    Attributes:
+        texts: [prompts][samples], in their order.
+        cut: Whether they are cut off at their limit, likewise.
+    """
+
+    def __init__(self, asks: Asks, checkpoint: Checkpoint) -> None:
+        self.asks, self.tokenizer = asks, checkpoint.chats.tokenizer
+        self.open: dict[int, list[Draw]] = {}
+        self.texts: list[list[str]] = [[] for _ in asks.generate]
+        self.cut: list[list[bool]] = [[] for _ in asks.generate]
+
+    def add(self, draws: list[Draw]) -> None:
+        """Note the samples of some prompts that are being drawn, all of each at once."""
+        for draw in draws:
+            self.open.setdefault(draw.position, []).append(draw)
+
+    def tell(self, waiting: list[Writing]) -> None:
+        """Take the texts of prompts none of whose samples is among those that wait."""
+        unfinished = {draw.position for writing in waiting for draw in writing.draws}
+        for position in [p for p in self.open if p not in unfinished]:
+            draws = self.open.pop(position)
+            times = self.asks.n if self.asks.temperature <= 0 else 1  # one was drawn for all
+            texts = [self.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip() for draw in draws] * times
+            self.texts[position], self.cut[position] = texts, [len(d.tokens) == len(d.uniform) for d in draws] * times
+            self.asks.tell("generate", position, (texts, self.cut[position]))
 
 
 def _logprobs(logits: torch.Tensor, said: list[int]) -> npt.NDArray[np.float32]:

