@@ -143,7 +143,9 @@ class Cached(Queued):
 
 def cached(engine: Engine, cache: bool | str | os.PathLike[str] | None) -> Engine:
     """The engine with its answers kept: in a folder, in the usual one (None or True), or not at all (False)."""
-    return engine if cache is False else Cached(engine, None if cache in (None, True) else os.fspath(cache))
+    if cache is False:
+        return engine
+    return Cached(engine, None if cache is None or cache is True else os.fspath(cache))
 
 
 @dataclass
@@ -283,6 +285,7 @@ def _written(value: Any) -> bytes:
     """A sample and whether it is cut off, or numbers, as bytes that begin with what they are."""
     if isinstance(value, tuple):
         text, cut = value
+        assert isinstance(text, str)
         return _CUT[None if cut is None else bool(cut)] + text.encode(errors="surrogatepass")
     return b"#" + np.asarray(value, dtype=np.float32).tobytes()
 

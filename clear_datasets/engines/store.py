@@ -63,14 +63,14 @@ def limit_of_size() -> int:
 
 
 class Store:
-    """Answers by key and number, in a folder. No trouble with the file ends a run: it says so once, and goes on without.
+    """Answers by key and number, in a folder. No trouble with the file ends a run: it is said once, and goes on without.
 
-    A process that is killed leaves a sound file (a write-ahead log, which the next one reads). A file that is corrupt, of
-    another program or of a newer version is set aside under another name, never deleted. What cannot be written, as the
-    disk is full, say, waits in memory for the next time.
+    A process that is killed leaves a sound file (a write-ahead log, which the next one reads). A file that is corrupt,
+    of another program or of a newer version is set aside under another name, never deleted. What cannot be written, as
+    the disk is full, say, waits in memory for the next time.
 
     Args:
-        folder: Made where it is not there; the file in it can be read by its owner alone, as it holds texts of the data.
+        folder: Made where it is not there; the file in it is readable by its owner alone, as it holds texts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -160,7 +160,7 @@ class Store:
             self._connection = None
 
     def _with(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """The work done on an open file, once more where the file was broken and is set aside; None where it cannot be."""
+        """The work done on an open file, once more where that was broken and is set aside; None where it cannot be."""
         with self._lock:
             if self._connection is None:
                 self._connection = self._trying(self._connect, None)
@@ -184,8 +184,8 @@ class Store:
             return work()
         except (sqlite3.OperationalError, OSError) as error:
             self._say(
-                f"cannot use the cache of answers, {self.path} ({error}): what is asked now is kept in memory alone and "
-                "asked again by the next run; Clear(cache=FOLDER) or CLEAR_CACHE names another place"
+                f"cannot use the cache of answers, {self.path} ({error}): what is asked now is kept in memory alone, "
+                "and asked again by the next run; Clear(cache=FOLDER) or CLEAR_CACHE names another place"
             )
         except sqlite3.DatabaseError as error:
             if broken is None:
