@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
 
 Failed = Literal["keep", "drop", "raise"]
 _FAILED = ("keep", "drop", "raise")
 
 
-def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear_confidence") -> float:
+def threshold(
+    ds: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
+    keep: float = 0.5,
+    column: str = "clear_confidence",
+) -> float:
     """The gamma above which a share `keep` of the scored rows lies: 0.5 gives the median, as in the CLEAR paper.
 
     Rows that could not be scored (nan) do not count. Rows that tie with gamma are not above it, so fewer than asked may
-    be kept, never more. The splits of a DatasetDict share one gamma.
+    be kept, never more. The splits of a DatasetDict share one gamma. A stream is read to its end once, which scores it;
+    of its rows eight bytes each stay in memory. When it is read again, its answers come from the cache.
 
     Args:
-        ds: A scored dataset.
+        ds: A scored dataset, or a stream that is scored as it is read.
         keep: Share of the scored rows to keep, in [0, 1].
         column: Column of the confidence.
 
@@ -31,7 +40,6 @@ def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear
 
     Raises:
         ValueError: `keep` is out of range, the column is not there, or no row has a score.
-        TypeError: A stream was given, whose quantiles are not known before its end.
 
     Examples:
         >>> from datasets import Dataset
@@ -44,18 +52,7 @@ def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear
     if not 0 <= keep <= 1:
         raise ValueError(f"keep is {keep}, the share of rows to keep; expected a number from 0 to 1")
     splits: list[Any] = list(ds.values()) if isinstance(ds, Mapping) else [ds]
-    values = []
-    for split in splits:
-        if not hasattr(split, "__len__"):
-            raise TypeError(
-                "threshold() needs all rows and got a stream: score and save it first, or choose a fixed gamma"
-            )
-        if column not in split.column_names:
-            raise ValueError(
-                f"no column {column!r} among {', '.join(map(repr, split.column_names))}: "
-                "run ds = ds.map(clear.score, batched=True) first"
-            )
-        values.append(split.select_columns(column).with_format("arrow")[:][column].to_numpy().astype(np.float64))
+    values = [_values(split, column) if hasattr(split, "__len__") else _read(split, column) for split in splits]
     scores = np.sort(np.concatenate(values))
     scores = scores[~np.isnan(scores)]
     if not len(scores):
@@ -65,6 +62,25 @@ def threshold(ds: Dataset | DatasetDict, keep: float = 0.5, column: str = "clear
         return float(np.nextafter(scores[0], -np.inf))
     above_cut = scores[len(scores) - kept] if kept else scores[-1]
     return float((scores[len(scores) - kept - 1] + above_cut) / 2)
+
+
+def _values(split: Dataset, column: str) -> npt.NDArray[np.float64]:
+    if column not in split.column_names:
+        raise ValueError(_MISSING.format(column, ", ".join(map(repr, split.column_names))))
+    table = split.select_columns(column).with_format("arrow")[:]
+    return np.asarray(table[column].to_numpy(), dtype=np.float64)
+
+
+def _read(stream: Iterable[Mapping[str, Any]], column: str) -> npt.NDArray[np.float64]:
+    values = array("d")
+    for row in stream:
+        if column not in row:
+            raise ValueError(_MISSING.format(column, ", ".join(map(repr, row))))
+        values.append(np.nan if row[column] is None else row[column])
+    return np.asarray(values, dtype=np.float64)
+
+
+_MISSING = "no column {!r} among {}: run ds = ds.map(clear.score, batched=True) first"
 
 
 @dataclass(frozen=True)

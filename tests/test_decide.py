@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image
+from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +44,7 @@ def test_the_default_threshold_is_the_median():
     assert threshold(scored([0.25, 0.75, 0.5, 1.0, NAN])) == 0.625
     splits = DatasetDict(train=scored([0.0, 0.25]), test=scored([0.5, 1.0]))
     assert threshold(splits) == 0.375
+    assert threshold(IterableDatasetDict({name: part.to_iterable_dataset() for name, part in splits.items()})) == 0.375
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,12 @@ def test_the_default_threshold_is_the_median():
             ValueError,
             r"no column 'clear_confidence' among 'a'.*map\(",
         ),
-        (lambda: threshold(scored([0.5]).to_iterable_dataset()), TypeError, "got a stream"),
+        (lambda: threshold(scored([NAN]).to_iterable_dataset()), ValueError, "none of the rows has a score"),
+        (
+            lambda: threshold(Dataset.from_dict({"a": [1]}).to_iterable_dataset()),
+            ValueError,
+            r"no column 'clear_confidence' among 'a'.*map\(",
+        ),
         (lambda: above(0.5, failed="loose"), ValueError, "failed is 'loose'; expected one of keep, drop, raise"),
         (lambda: curated(scored([0.5])), ValueError, "no column 'clear_decision'"),
         (lambda: Dataset.from_dict({"a": [1]}).filter(above(0.5)), ValueError, "no column 'clear_confidence'"),

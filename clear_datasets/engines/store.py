@@ -63,7 +63,7 @@ def limit_of_size() -> int:
 
 
 class Store:
-    """Answers by key and number, in a folder. No trouble with the file ends a run: it is said once, and goes on without.
+    """Answers by key and number, in a folder. Trouble with the file ends no run: it is said once, and the run goes on.
 
     A process that is killed leaves a sound file (a write-ahead log, which the next one reads). A file that is corrupt,
     of another program or of a newer version is set aside under another name, never deleted. What cannot be written, as
