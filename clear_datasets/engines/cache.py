@@ -176,8 +176,12 @@ class _Batch:
         }
         each = {item.key: item for item in self.items}.values()
         self.missing = [item for item in each if self._known(item) < item.wanted]
-        COUNTS.known += sum(self._known(item) for item in each)
-        COUNTS.asked += sum(item.wanted - self._known(item) for item in self.missing)
+        asked = sum(item.wanted - self._known(item) for item in self.missing)
+        known = sum(item.wanted for item in each) - asked
+        if known and not COUNTS.known:
+            _log.warning("%d of %d answers are known from %s, and not asked again", known, known + asked, store.path)
+        COUNTS.known += known
+        COUNTS.asked += asked
         written, weighed, read = ([i for i in self.missing if i.kind == kind] for kind in KINDS)
         limits = asks.limits
         self.left = replace(

@@ -337,3 +337,13 @@ def test_worker_processes_share_the_answers(tiny, start, monkeypatch):
     two = ds.map(clear.score, batched=True, num_proc=2, load_from_cache_file=False)
     same(one[:], two[:])
     assert store_of().info().answers == asked
+
+
+def test_it_is_said_once_that_answers_are_known(asked, caplog, monkeypatch):
+    monkeypatch.setattr(COUNTS, "known", 0)
+    clear = Clear(engine=Counting(), confidence=BSDetector(k=4))
+    clear.score(ROWS)
+    assert not caplog.text
+    for _ in range(2):
+        replace(clear, confidence=BSDetector(k=5)).score(ROWS)
+    assert caplog.text.count("160 of 180 answers are known from") == 1
