@@ -74,9 +74,9 @@ def test_texts_that_are_cut_off_are_marked(engine, prompts):
         pytest.skip("it says whole words, whatever the limit")
     short = engine.answer(Asks(prompts[:2], 2, 0.0, 1)).cut
     assert short == [[True, True], [True, True]]
-    found = engine.answer(Asks(prompts, 3, 1.0, 256))
+    found = engine.answer(Asks(prompts, 20, 1.0, 256))
     whole = [not c for cut in found.cut for c in cut]
-    assert [len(cut) for cut in found.cut] == [3] * len(prompts)
+    assert [len(cut) for cut in found.cut] == [20] * len(prompts)
     assert any(whole)
 
 
