@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,20 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]
     same = found["clear_error"] == wanted["clear_error"] and found["question"] == wanted["question"]
     return {"rows lost": len(lost), "order and errors alike": same, "most that a score differs": float(apart.max()),
             "rows that differ by more than .00001": int((apart > 1e-5).sum())}  # fmt: skip
+
+
+def table(entries: Sequence[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = ["| killed | model | rows | kills | requests of an undisturbed run | asked twice | of them for each kill | "
+             "rows lost | rows changed |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for e in entries:
+        vllm = e["engine"] == "vllm"
+        what = "vLLM's own process" if vllm else "the process" if e["processes"] == 1 else "both worker processes"
+        changed = "drawn anew in each run" if vllm else e["rows that differ by more than .00001"]
+        cells = (what, e["model"], e["rows"], e["kills"], e["requests of an undisturbed run"], e["asked twice"],
+                 e["asked twice for each kill"], e["rows lost"], changed)  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
