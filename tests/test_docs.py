@@ -1,4 +1,4 @@
-"""The figures of the README and the docs are those of docs/benchmarks/*.json, and the commands that made them stand beside."""
+"""The figures of README and docs are those of docs/benchmarks/*.json, beside the commands that made them."""
 
 from __future__ import annotations
 
