@@ -106,7 +106,7 @@ def test_the_page_says_of_the_engines_what_was_measured():
         for name, (low, high) in each["least_and_most"].items()
     ]
     assert all(shown in PAGE for shown in (times, counts, *rates))
-    assert f"\n{ratio['median']:.2f} times as long as plain `vllm.LLM.generate`" in README
+    assert f"`score` takes {ratio['median']:.2f} times as long as plain `vllm.LLM.generate`" in README
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "benchmarks").glob("reproduce_*.json")), ids=lambda f: f.stem)
