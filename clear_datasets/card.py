@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from clear_datasets import Clear
 
 IMAGE = "clear_confidence.png"
+EMPTY = "---\n{}\n---\n"  # a card without the YAML block would be warned of
 _BEGIN, _END = (
     "<!-- clear_datasets: begin -->",
     "<!-- clear_datasets: end; what stands outside of these marks is kept -->",
 )
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
+_LICENCE = ("license", "license_name", "license_link")
 _SHOWN, _EXAMPLES = 400, 3  # characters of a text; rows of a decision
 _DECISIONS = {"keep": "Kept", "replace": "Replaced", "drop": "Dropped"}
 
@@ -41,7 +43,14 @@ class Body:
     data: Mapping[str, Any]
 
 
-def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: Mapping[str, Any], source: str) -> Body:
+def card(
+    rows: Mapping[str, Dataset],
+    left: int,
+    clear: Clear | None,
+    settings: Mapping[str, Any],
+    source: str,
+    theirs: Mapping[str, Any],
+) -> Body:
     """What is said of rows with decisions, of all splits.
 
     Args:
@@ -50,10 +59,9 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
         clear: The steps that made them.
         settings: More of what they were made with.
         source: Hub id of the source, or "".
+        theirs: The YAML of the source's card.
     """
     from datasets import concatenate_datasets
-    from huggingface_hub import DatasetCard
-    from huggingface_hub.errors import HfHubHTTPError
 
     from clear_datasets.confidence import BSDetector
     from clear_datasets.report import plot
@@ -70,11 +78,7 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
     }
     if source:
         data["source_datasets"] = [source]
-        try:
-            theirs = DatasetCard.load(source).data
-            data |= {name: theirs.get(name) for name in ("license", "language") if theirs.get(name)}
-        except (HfHubHTTPError, OSError, ValueError):  # it has no card
-            pass
+        data |= {name: theirs[name] for name in (*_LICENCE, "language") if theirs.get(name)}
     more = dict(settings)
     values = {
         "total": f"{len(whole):,}",
@@ -82,6 +86,7 @@ def card(rows: Mapping[str, Dataset], left: int, clear: Clear | None, settings: 
         "source": source,
         "counts": {name: f"{count:,}" for name, count in counts.items()},
         "replaced": counts["replaced"],
+        "judge": _judge(whole),
         "image": IMAGE if scored else "",
         "audited": "clear_decision" in whole.column_names,
         "command": more.pop("command", ""),
@@ -112,7 +117,10 @@ def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[
     behind = rest.partition(_END)[2] if mark else ""
     text = f"{before.rstrip()}\n\n{ours}\n{behind.strip()}".strip()
     data = dict(old.data.to_dict())  # type: ignore[no-untyped-call]
+    theirs_to_say = _LICENCE if data.get("license") else ()
     for name, value in body.data.items():
+        if name in theirs_to_say:
+            continue
         both = isinstance(value, list) and name not in ("size_categories", "annotations_creators")
         data[name] = list(dict.fromkeys([*_list(data.get(name)), *value])) if both else value
     theirs = [c for c in data.get("configs") or [] if c.get("config_name") not in configs]
@@ -121,7 +129,7 @@ def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[
     infos = [i for i in _list(data.pop("dataset_info", None)) if i.get("config_name", "default") not in configs]
     if infos:
         data["dataset_info"] = infos
-    empty = DatasetCard("")
+    empty = DatasetCard(EMPTY)
     empty.data = type(empty.data)(**data)
     return f"---\n{empty.data.to_yaml()}\n---\n\n{text}\n"
 
@@ -143,6 +151,18 @@ def _counts(rows: Dataset) -> dict[str, int]:
         replaced = sum(map(bool, rows["clear_original"][:])) if "clear_original" in rows.column_names else 0
         counts = {"kept": len(rows) - replaced, "replaced": replaced}
     return {**counts, "without a score": int(np.isnan(scores).sum())}
+
+
+def _judge(rows: Dataset) -> str:
+    """How many candidates were judged in both orders, and how far the verdicts followed the place."""
+    import numpy as np
+
+    column = "clear_position_bias"
+    bias = np.asarray(rows[column][:] if column in rows.column_names else [], dtype=float)
+    bias = bias[~np.isnan(bias)]
+    if not bias.any():  # ByConfidence judges each response by itself
+        return ""
+    return f"{len(bias):,} candidates in both orders; position bias {bias.mean():.3f}"
 
 
 def settings_of(clear: Clear | None) -> dict[str, Any]:

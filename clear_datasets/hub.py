@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clear_datasets.apply import OURS
-from clear_datasets.card import IMAGE, Body, card, merged, origin
+from clear_datasets.card import EMPTY, IMAGE, Body, card, merged, origin
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -81,15 +81,33 @@ def push_to_hub(
         raise ValueError(f"split {', '.join(sorted(other))} is not in both, curated and audit: give the same splits")
     whole = rows.get("audit", rows["default"])
     left = sum(map(len, rows["default"].values()))
-    body = card(whole, left, clear, settings or {}, source or source_of(whole.values()))
-    rows["default"] = {name: _plain(part, scores) for name, part in rows["default"].items()}
     api = HfApi(token=token, library_name="clear_datasets")
+    source = source or source_of(whole.values())
+    body = card(whole, left, clear, settings or {}, source, _yaml_of(api, source))
+    rows["default"] = {name: _plain(part, scores) for name, part in rows["default"].items()}
     repo = _again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)).repo_id
     if revision is not None:
         _again(lambda: api.create_branch(repo, branch=revision, repo_type="dataset", exist_ok=True))
     with tempfile.TemporaryDirectory() as folder:
         files = [_uploaded(api, repo, revision, *file) for file in _files(rows, max_shard_size, Path(folder))]
     return _again(lambda: _commit(api, repo, revision, files, rows, body))
+
+
+def _yaml_of(api: HfApi, source: str) -> dict[str, Any]:
+    """What the source's card says in its YAML; nothing where there is no card that may be read."""
+    from huggingface_hub import DatasetCard
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    if not source:
+        return {}
+    try:
+        file = _again(lambda: api.hf_hub_download(source, "README.md", repo_type="dataset"))
+        return dict(DatasetCard.load(file).data.to_dict())
+    except LocalEntryNotFoundError:  # out of reach: a push without the licence would say that there is none
+        raise
+    except (EntryNotFoundError, RepositoryNotFoundError, ValueError, YAMLError):
+        return {}
 
 
 def _splits(ds: Dataset | DatasetDict, split: str | None) -> Splits:
@@ -156,7 +174,7 @@ def _commit(
     try:
         old = DatasetCard.load(api.hf_hub_download(repo, "README.md", repo_type="dataset", revision=there.sha))
     except EntryNotFoundError:
-        old = DatasetCard("")
+        old = DatasetCard(EMPTY)
     ours, new = tuple(f"{_folder(c)}/{s}-" for c in rows for s in rows[c]), {f.path_in_repo for f in files}
     gone = [f.rfilename for f in there.siblings or () if f.rfilename.startswith(ours) and f.rfilename not in new]
     configs = {config: [{"split": s, "path": f"{_folder(config)}/{s}-*"} for s in rows[config]] for config in rows}

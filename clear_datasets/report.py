@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.decide import threshold
+from clear_datasets.decide import Failed, threshold
 from clear_datasets.formats import Format, FormatError, infer_rows
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ def report(
     *,
     gamma: float | None = None,
     eta: float = 0.8,
+    correct: Literal["low", "all"] = "low",
+    agreed: Literal["drop", "keep"] = "drop",
+    failed: Failed = "keep",
     format: Format | None = None,
     texts: int = 2000,
     title: str = "Curated rows",
@@ -94,7 +97,7 @@ def report(
     """Write a page that shows scored rows, and what a threshold would keep, drop and replace as it is moved.
 
     One file, which asks nothing of a network: distribution of the confidence and its parts, rows on either side of the
-    cut, changes of replaced targets word by word, reasons of failures, and, where the noise is known, precision
+    cuts, changes of replaced targets word by word, reasons of failures, and, where the noise is known, precision
     and recall. All figures are of all rows; their texts are those of `texts` rows, spread evenly over the confidence.
 
     Args:
@@ -102,6 +105,9 @@ def report(
         out: An HTML file.
         gamma: Where the threshold stands at first; by default that of the calibration, else the median.
         eta: The same of preferences.
+        correct: As for `decide`.
+        agreed: As for `decide`.
+        failed: As for `decide`; "raise" shows as "keep".
         format: Where rows keep prompt and target; inferred from the columns by default.
         texts: How many rows are on the page with their texts.
         title: Of the page.
@@ -127,6 +133,8 @@ def report(
     columns = {name: _packed(values) for name, values in numbers.items()}
     if {"noise", "noise_original"} <= set(rows.column_names):
         columns["noisy"] = _packed(np.array([bool(n) for n in rows["noise"]], dtype=np.uint8))
+    if "clear_agreed" in rows.column_names:
+        columns["agreed"] = _packed(np.array(rows["clear_agreed"][:], dtype=np.uint8))
     errors = Counter(e for e in rows["clear_error"] if e) if "clear_error" in rows.column_names else Counter()
     order = np.argsort(numbers["confidence"], kind="stable")
     chosen = order[np.unique(np.linspace(0, len(order) - 1, min(texts, len(order))).round().astype(int))]
@@ -136,9 +144,10 @@ def report(
         "columns": columns,
         "gamma": gamma,
         "eta": eta,
+        "rules": {"correct": correct, "agreed": agreed, "failed": failed},
         "rows": _texts(rows, sorted(chosen.tolist()), format),
         "failures": errors.most_common(20),
-        "about": f"{len(rows):,} rows",
+        "about": f"{len(rows):,} row{'s' * (len(rows) != 1)}",
     }
     folder = files("clear_datasets").joinpath("page")
     page = Environment().from_string(folder.joinpath("page.html.jinja").read_text())  # what is of the data is escaped

@@ -42,7 +42,10 @@ def report(
         known = settings.get("columns", {})
         form = options.format_of(rows, prompt or known.get("prompt"), response or known.get("response"),
                                  *(known.get(name) for name in ("input", "context", "system")))  # fmt: skip
-        file = write(rows, page or out.with_name(out.name + ".html"), gamma=gamma, eta=eta, format=form, title=out.name)
+        file = write(
+            rows, page or out.with_name(out.name + ".html"), gamma=gamma, eta=eta, format=form, title=out.name,
+            agreed="keep" if settings.get("keep_agreed") else "drop", failed=settings.get("failed", "keep"),
+        )  # fmt: skip
         console.print(f"wrote {file}")
 
 

@@ -54,6 +54,25 @@ def test_a_signal_that_is_worse_than_chance_loses_its_weight():
     assert before["direct, Jaccard: confidence"][0] < 0.5 < 0.75 < before["confidence, as it is now"][0]
 
 
+def test_a_model_that_knows_nothing_is_said_to_know_nothing():
+    found = calibrate(Clear(engine=Scripted(answers=())), ROWS, noise=["swap"], rows=N)
+    assert all(low <= 0.5 for _, low, _ in found.signals.values())
+    named = "\n".join(found.notes)
+    for part in ("similarity", "agreement", "reflection"):
+        assert f"{part} of direct, Jaccard tells nothing" in named
+    assert "do not use the scores of this model on these rows" in named
+
+
+def test_samples_that_tell_nothing_leave_reflection_alone():
+    class Judge(Contrary):
+        def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
+            return super().choose(prompts, labels)[:, ::-1]  # and says so, for once
+
+    found = calibrate(Clear(engine=Judge(answers=())), ROWS, noise=["swap"], rows=N)
+    assert found.clear.confidence.beta == 0
+    assert found.signals["confidence, as it is now"][0] == found.signals["direct, Jaccard: reflection"][0] == 1
+
+
 def test_what_is_predicted_for_a_threshold_holds_on_other_rows():
     clear = Clear(engine=Scripted(answers=KNOWS))
     found = calibrate(clear, ROWS, noise=["swap", "truncate"], rows=N, fraction=0.3)

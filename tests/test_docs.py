@@ -1,4 +1,4 @@
-"""The README's figures are those of docs/benchmarks, and its commands exist."""
+"""The figures of README and docs are those of docs/benchmarks/*.json, beside the commands that made them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
+README = (ROOT / "README.md").read_text()
 ENTRIES = json.loads((ROOT / "docs" / "benchmarks" / "auroc.json").read_text())
 
 
@@ -16,7 +18,7 @@ def short(value: float) -> str:
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['task']}-{e['model'].split('-')[2]}-{e['rows']}")
-def test_the_table_of_the_readme_is_that_of_the_results(entry):
+def test_the_table_of_confidence_is_that_of_the_results(entry):
     shown = [
         short(entry["scores"][name]["auroc"][0])
         for name in ("default: consistency", "default: reflection", "direct, jaccard only: consistency",
@@ -24,9 +26,12 @@ def test_the_table_of_the_readme_is_that_of_the_results(entry):
         if name in entry["scores"]
     ]  # fmt: skip
     score, low, high = map(short, entry["scores"]["default: confidence"]["auroc"])
-    lines = (ROOT / "README.md").read_text().splitlines()
-    line = next((x for x in lines if f"**{score}** ({low} to {high})" in x), "")
+    line = next((x for x in PAGE.splitlines() if f"**{score}** ({low} to {high})" in x), "")
     assert [cell for cell in map(str.strip, line.split("|")) if cell in shown] == shown, f"{score}: {line or 'no line'}"
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if "target length, shorter is better" in entry["scores"]:
+        assert cells[7] == short(entry["scores"]["target length, shorter is better"]["auroc"][0])
+    assert f"| {' | '.join([*cells[:4], cells[7]])} |" in README.splitlines()  # there with the length alone
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['task']}-{e['model'].split('-')[2]}-{e['rows']}")
@@ -65,7 +70,7 @@ def test_the_table_of_the_forms_is_that_of_the_results(rows, form):
     names = [f"{form}, {s}{' only' * (form == 'direct')}: consistency" for s in ("jaccard", "embedding", "llm")]
     names.append("default: reflection" if form == "direct" else "reasoned, jaccard: reflection")
     expected = [short(scores[name]["auroc"][0]) if name in scores else "not measured" for name in names]
-    assert f"| {rows} | {form} | {' | '.join(expected)} |" in (ROOT / "README.md").read_text().splitlines()
+    assert f"| {rows} | {form} | {' | '.join(expected)} |" in PAGE.splitlines()
 
 
 ENGINES = json.loads((ROOT / "docs" / "benchmarks" / "engines.json").read_text())
@@ -88,8 +93,7 @@ def test_vllm_and_transformers_agree():
     assert abs(entry["auroc"]["vllm"] - entry["auroc"]["transformers"]) <= 0.02
 
 
-def test_the_readme_says_of_the_engines_what_was_measured():
-    text = (ROOT / "README.md").read_text()
+def test_the_page_says_of_the_engines_what_was_measured():
     [floor] = [e for e in ENGINES if e["compared"] == "score on vLLM with the floor"]
     ratio, tokens = floor["time_over_floor"], floor["tokens_per_row"]
     times = f"{ratio['median']:.2f} times as long ({ratio['least']:.2f} to {ratio['most']:.2f}"
@@ -101,17 +105,20 @@ def test_the_readme_says_of_the_engines_what_was_measured():
         f"| {each['rows_per_second'][name]:.2f} ({low:.2f} to {high:.2f}) |"
         for name, (low, high) in each["least_and_most"].items()
     ]
-    assert all(shown in text for shown in (times, counts, *rates))
+    assert all(shown in PAGE for shown in (times, counts, *rates))
+    assert f"`score` takes {ratio['median']:.2f} times as long as plain `vllm.LLM.generate`" in README
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs" / "benchmarks").glob("reproduce_*.json")), ids=lambda f: f.stem)
-def test_the_readme_says_what_curation_gained(file, monkeypatch):
+def test_the_page_says_what_curation_gained(file, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from reproduce_report import tables
 
-    result, shown = json.loads(file.read_text()), (ROOT / "README.md").read_text().splitlines()
+    result, shown = json.loads(file.read_text()), PAGE.splitlines()
     assert all(line in shown for line in tables(result).splitlines())
     assert result["runs"][-1]["command"] in shown
+    if file.stem == "reproduce_squad":
+        assert tables(result).partition("\n\n")[0] in README
 
 
 def test_the_docs_say_how_far_calibrate_holds(monkeypatch):

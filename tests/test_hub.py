@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -20,7 +22,7 @@ from clear_datasets.card import settings_of
 from clear_datasets.engines.vllm import VLLM
 from clear_datasets.hub import _again as hub_again
 from tests.conftest import make_tiny
-from tests.hub.server import Fault
+from tests.hub.server import Fault, File, Repo
 from tests.test_cli import run
 
 pytest.importorskip("altair")
@@ -194,11 +196,83 @@ def test_the_owners_text_and_other_configs_stay(hub, client):
     assert len(client(load)["train"]) == 4
 
 
+def source(hub: Any, card: str) -> None:
+    """A repository of somebody else's, with a card."""
+    found = hub.repos["org/rows"] = Repo()
+    found.commit("main", {"README.md": File(len(card), "0", card.encode())}, "by them")
+
+
+def test_the_sources_licence_and_languages_are_carried_over(hub, client):
+    source(
+        hub,
+        "---\nlicense: other\nlicense_name: theirs\nlicense_link: https://x.org\nlanguage:\n- de\n---\nTheir words.\n",
+    )
+    hub.faults.append(Fault("HEAD", "/datasets/org/rows/", 1, 503))  # a licence is not lost to a busy moment
+    client(push, decided(), source="org/rows")
+    card = hub.text("me/x", "README.md")
+    data = yaml.safe_load(card.split("---\n")[1])
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "theirs", "https://x.org")
+    assert (data["language"], data["source_datasets"]) == (["de"], ["org/rows"])
+    assert "Their words" not in card
+    assert "[org/rows](https://huggingface.co/datasets/org/rows)" in card
+
+
+def test_a_licence_that_the_owner_wrote_stays(hub, client):
+    source(hub, "---\nlicense: mit\n---\n")
+    client(push, decided())
+    repo = hub.repos["me/x"]
+    tree = dict(repo.commits[repo.branches["main"]])
+    text = hub.text("me/x", "README.md").replace("---\n", "---\nlicense: cc-by-4.0\n", 1)
+    tree["README.md"] = File(len(text), "0", text.encode())
+    repo.commit("main", tree, "by hand")
+    client(push, decided(), source="org/rows")
+    assert "license: cc-by-4.0\n" in hub.text("me/x", "README.md")
+    assert "mit" not in hub.text("me/x", "README.md").split("---\n")[1]
+
+
+@pytest.mark.parametrize("card", ["", "---\nlicense: [mit\n---\n"])
+def test_a_source_without_a_card_that_can_be_read_does_not_stop_a_push(hub, client, card):
+    source(hub, card)
+    if not card:
+        hub.repos["org/rows"].commit("main", {}, "without a card")
+    client(push, decided(), source="org/rows")
+    client(push, decided(), "me/y", source="org/gone")
+    assert "license" not in hub.text("me/x", "README.md") + hub.text("me/y", "README.md")
+
+
+def test_three_examples_of_each_decision_are_on_the_card_and_long_ones_are_short(hub, client):
+    n = 24
+    rows = Dataset.from_dict({
+        "question": [f"Where is {i}? " + "word " * 200 + "Say it." for i in range(n)],
+        "answer": [f"at {i}" for i in range(n)],
+        "clear_confidence": np.linspace(0, 1, n, dtype="float32"),
+        "clear_error": [""] * n,
+        "clear_candidate": [f"now {i}" if i < 6 else "" for i in range(n)],
+        "clear_preference": [0.9 if i < 6 else NAN for i in range(n)],
+        "clear_position_bias": [0.25 if i < 6 else NAN for i in range(n)],
+    })  # fmt: skip
+    client(push, rows.map(decide(0.5), batched=True))
+    card = hub.text("me/x", "README.md")
+    kept, replaced, dropped = (card.partition(f"### {title}\n")[2].partition("\n##")[0]
+                               for title in ("Kept", "Replaced", "Dropped"))  # fmt: skip
+    for part, shown in ((kept, (12, 13, 14)), (replaced, (0, 1, 2)), (dropped, (6, 7, 8))):  # the least confident
+        assert [int(i) for i in re.findall(r"<pre>Where is (\d+)\?", part)] == list(shown)
+        prompts = re.findall(r"<pre>(Where.*?)</pre>", part)
+        assert all(len(p) < 410 and " … " in p and p.endswith("Say it.") for p in prompts)
+    assert re.findall(r"<pre>(now \d+)</pre>", replaced) == ["now 0", "now 1", "now 2"]
+    assert "now" not in dropped
+    assert "6 candidates in both orders; position bias 0.250" in card
+    for piece in ("## Limits", "arXiv:2403.12776", "Quantifying Uncertainty in Answers", "They may be wrong"):
+        assert piece in card
+
+
 def test_a_busy_hub_is_asked_again_when_it_says(hub, client):
     hub.faults += [Fault("POST", "/commit/", 2, 429, {"Retry-After": "1"}), Fault("POST", "/repos/create", 1, 503),
                    Fault("PUT", "/lfs/", 1, cut=True), Fault("POST", "/objects/batch", 1, 500),
                    Fault("POST", "/repos/create", 1, cut=True), Fault("POST", "/commit/", 1, cut=True)]  # fmt: skip
+    before = time.monotonic()
     client(push, decided())
+    assert time.monotonic() - before > 2  # the two that said how long
     assert not any(fault.times for fault in hub.faults)
     assert len(client(load)["train"]) == 7
 

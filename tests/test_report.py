@@ -14,6 +14,7 @@ from datasets import Dataset
 from clear_datasets import Clear, decide
 from clear_datasets.calibrate import Calibration, Threshold
 from clear_datasets.report import plot, report
+from tests.test_cli import run
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
@@ -111,6 +112,79 @@ def test_sliders_show_what_decide_would_do(opened):
     assert "0.250 on average" in page.inner_text("#judge")
 
 
+def test_the_candidates_on_either_side_of_eta_are_shown_with_their_changes(opened):
+    rows = judged(400)
+    page = opened(rows, gamma=0.5)
+    scores, better = (np.array(rows[f"clear_{name}"][:], dtype=float) for name in ("confidence", "preference"))
+    open_ = (scores <= 0.5) & ~np.isnan(better)
+    for eta in (0.8, 0.3):
+        page.fill("#eta-number", str(eta))
+        for place, wanted_ in (
+            ("above", np.sort(better[open_ & (better > eta)])[:5]),
+            ("below", np.sort(better[open_ & (better <= eta)])[::-1][:5]),
+        ):
+            labels = page.locator(f"#eta-{place} .label").all_inner_texts()
+            assert [float(label.rpartition(" ")[2]) for label in labels] == pytest.approx(wanted_, abs=1e-4)
+            for label, text in zip(labels, page.locator(f"#eta-{place} li").all_inner_texts(), strict=True):
+                i = int(label.split()[1].rstrip(","))
+                assert f"Where is {i}?" in text
+            assert page.inner_text(f"#eta-{place} li:first-child ins") == "the "
+            assert page.inner_text(f"#eta-{place} li:first-child del") == "number "
+    page.fill("#eta-number", "1")
+    assert page.inner_text("#eta-above") == "none"
+    page.fill("#gamma-number", "0.05")
+    assert len(page.locator("#eta-below li").all()) == min(5, (~np.isnan(better) & (scores <= 0.05)).sum())
+
+
+@pytest.mark.parametrize("rules", [{"failed": "drop"}, {"agreed": "keep"}, {"correct": "all", "agreed": "keep"}])
+def test_decisions_follow_the_rules_that_were_given(opened, rules):
+    rows = judged(200)
+    rows = rows.add_column("clear_agreed", [i % 3 == 1 for i in range(200)])
+    page = opened(rows, gamma=0.5, **rules)
+    counts = Counter(rows.map(decide(0.5, **rules), batched=True)["clear_decision"])
+    assert numbers(page.inner_text("#counts")) == [counts["keep"], counts["drop"], counts["replace"], 1]
+
+
+def test_the_command_shows_the_rules_that_curate_has_kept(tmp_path):
+    judged(20).to_parquet(tmp_path / "rows.parquet")
+    settings = {"gamma": 0.3, "eta": 0.9, "keep_agreed": True, "failed": "drop"}
+    (tmp_path / "rows.parquet.settings.json").write_text(json.dumps(settings))
+    done = run("report", tmp_path / "rows.parquet")
+    assert done.returncode == 0, done.stderr
+    data = json.loads((tmp_path / "rows.parquet.html").read_text().partition('id="data">')[2].partition("</script>")[0])
+    assert (data["gamma"], data["eta"]) == (0.3, 0.9)
+    assert data["rules"] == {"correct": "low", "agreed": "keep", "failed": "drop"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_all_of_it(opened, scheme):
+    rows = judged(60)
+    cuts = [Threshold(0.25, 0.8, (0.9, 0.8, 1.0), (0.5, 0.4, 0.6))]
+    found = Calibration(Clear("m"), 0.25, {"direct, Jaccard: similarity": (0.75, 0.7, 0.8)}, cuts, rows, ["a note"])
+    page = opened(rows, scheme, calibration=found)
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.eval_on_selector("#body .text", "e => e.clientWidth") > 300  # and no column of single letters
+
+
+def test_candidates_that_were_judged_by_themselves_have_no_position_bias(opened):
+    rows = judged(30)
+    no_bias = [NAN if np.isnan(b) else 0.0 for b in rows["clear_position_bias"]]
+    rows = rows.remove_columns("clear_position_bias").add_column("clear_position_bias", no_bias)
+    assert "10 candidates were judged, each by itself" in opened(rows).inner_text("#judge")
+
+
+def test_long_prompts_are_short_at_the_cut_and_whole_in_the_table(opened):
+    long = "Here it begins. " + "word " * 300 + "What is asked?"
+    page = opened(Dataset.from_dict({"question": [long], "answer": ["x"], "clear_confidence": [0.5]}), gamma=0.4)
+    cut = page.inner_text("#above .text >> nth=0")
+    assert len(cut) < 520
+    assert cut.startswith("Here it begins.")
+    assert cut.endswith("What is asked?")
+    assert page.inner_text("#body .text >> nth=0") == long
+    assert page.inner_text("#below") == "none"
+
+
 def test_what_calibrate_found_is_shown(opened):
     rows = judged(50)
     cuts = [Threshold(0.25, 0.8, (0.9, 0.8, 1.0), (0.5, 0.4, 0.6))]
@@ -122,6 +196,7 @@ def test_what_calibrate_found_is_shown(opened):
     cells = page.locator("#thresholds tbody td").all_inner_texts()
     assert cells == ["80%", "0.250", "0.90 (0.80 to 1.00)", "0.50 (0.40 to 0.60)"]
     assert f"a note {BAD}" in page.inner_text("main")
+    assert "gamma = 0.2500 is recommended" in page.inner_text("main")
     assert page.evaluate("window.hurt") is None
 
 

@@ -11,17 +11,21 @@
   const preference = numbers("preference");
   const bias = numbers("position_bias");
   const noisy = numbers("noisy", "bytes");
+  const agreed = numbers("agreed", "bytes");
   const signals = { confidence, consistency: numbers("consistency"), reflection: numbers("reflection"), preference };
   const state = { gamma: data.gamma, eta: data.eta, signal: "confidence", sort: "confidence", down: false, page: 0 };
-  const SIZE = 50, BINS = 40, NEAR = 5, WORDS = 600;
+  const SIZE = 50, BINS = 40, NEAR = 5, WORDS = 600, HEAD = 150, TAIL = 350;
   const whole = (n) => n.toLocaleString("en");
+  const rowsOf = (n) => `${whole(n)} ${n === 1 ? "row" : "rows"}`;
   const share = (a, b) => (b ? `${((100 * a) / b).toFixed(1)}%` : "none");
 
-  const decisionOf = (i) => {
+  // As decide() has it: what the page shows and what a run does are the same.
+  const decisionOf = (i, eta = state.eta) => {
     const c = confidence[i];
-    if (Number.isNaN(c)) return "keep";
-    if (c > state.gamma) return "keep";
-    return preference && preference[i] > state.eta ? "replace" : "drop";
+    if (Number.isNaN(c)) return data.rules.failed === "drop" ? "drop" : "keep";
+    const kept = c > state.gamma || (data.rules.agreed === "keep" && agreed && agreed[i]);
+    if (preference && preference[i] > eta && (!kept || data.rules.correct === "all")) return "replace";
+    return kept ? "keep" : "drop";
   };
 
   const element = (tag, text, className) => {
@@ -70,16 +74,16 @@
 
   const start = async () => {
     const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();
-    const text = colour("--text"), line = colour("--line");
+    const text = colour("--text"), line = colour("--line"), decisions = preference ? ["keep", "replace", "drop"] : ["keep", "drop"];
     const spec = {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json",
       width: "container", height: 200, background: "transparent",
-      config: { axis: { labelColor: text, titleColor: text, gridColor: line, domainColor: line, tickColor: line }, legend: { labelColor: text }, view: { stroke: line } },
+      config: { axis: { labelColor: text, titleColor: text, gridColor: line, domainColor: line, tickColor: line }, legend: { labelColor: text, orient: "top" }, view: { stroke: line } },
       layer: [
         { data: { name: "bars", values: bars() }, mark: "bar", encoding: {
           x: { field: "from", type: "quantitative", bin: "binned", scale: { domain: [0, 1] }, title: null }, x2: { field: "to" },
           y: { field: "rows", type: "quantitative", stack: true, title: "rows" },
-          color: { field: "decision", type: "nominal", title: null, scale: { domain: ["keep", "replace", "drop"], range: [colour("--keep"), colour("--replace"), colour("--drop")] } },
+          color: { field: "decision", type: "nominal", title: null, scale: { domain: decisions, range: decisions.map((d) => colour(`--${d}`)) } },
           tooltip: [{ field: "decision" }, { field: "rows" }, { field: "from", format: ".3f" }, { field: "to", format: ".3f" }] } },
         { data: { name: "mark", values: mark() }, mark: { type: "rule", strokeDash: [4, 4], color: text }, encoding: { x: { field: "at", type: "quantitative" } } },
       ],
@@ -98,8 +102,9 @@
       if (Number.isNaN(confidence[i])) failed++;
       if (noisy) { noisyRows += noisy[i]; if (decision !== "keep") { out++; outNoisy += noisy[i]; } }
     }
+    const become = data.rules.failed === "drop" ? "dropped" : "kept";
     $("counts").textContent = `${whole(counts.keep)} kept (${share(counts.keep, confidence.length)}), ${whole(counts.drop)} dropped` +
-      (preference ? `, ${whole(counts.replace)} replaced` : "") + (failed ? `; ${whole(failed)} have no score and are kept` : "");
+      (preference ? `, ${whole(counts.replace)} replaced` : "") + (failed ? `; ${whole(failed)} without a score ${failed === 1 ? "is" : "are"} ${become}` : "");
     if (noisy) {
       $("noise").hidden = false;
       $("noise").textContent = `Of ${whole(noisyRows)} rows with known noise ${whole(outNoisy)} are not kept (recall ${share(outNoisy, noisyRows)}); ` +
@@ -107,17 +112,32 @@
     }
   };
 
-  const item = (row) => {
-    const made = element("li"), c = confidence[row.i];
-    made.append(element("span", `row ${row.i}, confidence ${c.toFixed(4)}`, "label"), element("div", row.prompt, "text"), element("div", `→ ${row.target}`, "text"));
+  // A question may stand first or last; cut between words where there are any.
+  const short = (text) => (text.length <= HEAD + TAIL ? text
+    : `${text.slice(0, HEAD).replace(/\s\S{0,20}$/, "")} … ${text.slice(-TAIL).replace(/^\S{0,20}\s/, "")}`);
+  const item = (row, figures, ...more) => {
+    const made = element("li");
+    made.append(element("span", `row ${row.i}, ${figures}`, "label"), element("div", short(row.prompt), "text"), ...more);
     return made;
   };
-  const scored = data.rows.filter((r) => !Number.isNaN(confidence[r.i])).sort((a, b) => confidence[a.i] - confidence[b.i]);
+  const changed = (row) => {
+    const made = element("div", undefined, "text");
+    made.append(difference(row.target, row.candidate));
+    return made;
+  };
+  const ordered = (values, rows) => rows.filter((r) => !Number.isNaN(values[r.i])).sort((a, b) => values[a.i] - values[b.i]);
+  const scored = ordered(confidence, data.rows), judged = preference ? ordered(preference, data.rows.filter((r) => r.candidate)) : [];
+  const around = (rows, values, cut, above, below, made) => {
+    let first = rows.findIndex((row) => values[row.i] > cut);
+    if (first < 0) first = rows.length;
+    for (const [id, found] of [[above, rows.slice(first, first + NEAR)], [below, rows.slice(Math.max(0, first - NEAR), first).reverse()]])
+      $(id).replaceChildren(...(found.length ? found.map(made) : [element("li", "none", "label")]));
+  };
   const near = () => {
-    let low = 0, high = scored.length;
-    while (low < high) { const middle = (low + high) >> 1; if (confidence[scored[middle].i] > state.gamma) high = middle; else low = middle + 1; }
-    $("above").replaceChildren(...scored.slice(low, low + NEAR).map(item));
-    $("below").replaceChildren(...scored.slice(Math.max(0, low - NEAR), low).reverse().map(item));
+    const target = (row) => item(row, `confidence ${confidence[row.i].toFixed(4)}`, element("div", `→ ${row.target}`, "text"));
+    around(scored, confidence, state.gamma, "above", "below", target);
+    const open = judged.filter((row) => decisionOf(row.i, -1) === "replace"); // those that eta decides on
+    around(open, preference, state.eta, "eta-above", "eta-below", (row) => item(row, `preference ${preference[row.i].toFixed(4)}`, changed(row)));
   };
 
   const heads = [["row", "i"], ["confidence", "confidence"], ...(preference ? [["preference", "preference"]] : []), ["decision", "decision"], ["prompt and target", "prompt"]];
@@ -135,7 +155,7 @@
     });
     const last = Math.max(0, Math.ceil(shown.length / SIZE) - 1);
     state.page = Math.min(state.page, last);
-    $("found").textContent = `${whole(shown.length)} rows`;
+    $("found").textContent = rowsOf(shown.length);
     $("page").textContent = `page ${state.page + 1} of ${last + 1}`;
     $("previous").disabled = state.page === 0;
     $("next").disabled = state.page === last;
@@ -147,11 +167,9 @@
     made.append(element("td", row.i, "number"), number(confidence[row.i]), ...(preference ? [number(preference[row.i])] : []), element("td", decision, decision), text);
     text.append(element("div", row.prompt, "text"));
     if (decision === "replace") {
-      const change = element("div", undefined, "text");
-      change.append(difference(row.target, row.candidate));
-      text.append(element("div", "target, changed", "label"), change);
+      text.append(element("div", "target, changed", "label"), changed(row));
     } else {
-      text.append(element("div", "target", "label"), element("div", row.target, "text"));
+      if (row.target) text.append(element("div", "target", "label"), element("div", row.target, "text"));
       if (row.candidate) text.append(element("div", "candidate", "label"), element("div", row.candidate, "text"));
     }
     if (row.error) text.append(element("div", row.error, "label"));
@@ -175,7 +193,7 @@
     number.value = +state[name].toFixed(4);
   }
   for (const [title, name] of heads) {
-    const head = element("th", undefined, ["prompt"].includes(name) ? "" : name === "decision" ? "short" : "number"), button = element("button", title);
+    const head = element("th", undefined, { i: "number row", prompt: "", decision: "short" }[name] ?? "number"), button = element("button", title);
     button.type = "button";
     head.append(button);
     head.setAttribute("aria-sort", state.sort === name ? "ascending" : "none");
@@ -211,13 +229,14 @@
     ? `The texts of ${whole(data.rows.length)} of ${whole(confidence.length)} rows are in this file, spread evenly over the confidence; all figures are of all rows.` : "";
   if (data.failures.length) {
     $("failures-section").hidden = false;
-    $("failures").replaceChildren(...data.failures.map(([reason, n]) => element("li", `${whole(n)} rows: ${reason}`)));
+    $("failures").replaceChildren(...data.failures.map(([reason, n]) => element("li", `${rowsOf(n)}: ${reason}`)));
   }
   if (bias) {
     const known = Array.from(bias).filter((b) => !Number.isNaN(b)), mean = (v) => v.reduce((a, b) => a + b, 0) / Math.max(1, v.length);
-    $("judge").textContent = known.length
-      ? `${whole(known.length)} candidates were judged in both orders. Position bias: ${mean(known).toFixed(3)} on average (1: what stands first always wins, -1: what stands second), ${mean(known.map(Math.abs)).toFixed(3)} without its sign.`
-      : "No candidate was judged.";
+    const ordersMatter = known.some((b) => b !== 0); // ByConfidence judges either response by itself
+    $("judge").textContent = !known.length ? "No candidate was judged." : !ordersMatter
+      ? `${whole(known.length)} candidates were judged, each by itself: there is no position to be biased by.`
+      : `${whole(known.length)} candidates were judged in both orders. Position bias: ${mean(known).toFixed(3)} on average (1: what stands first always wins, -1: what stands second), ${mean(known.map(Math.abs)).toFixed(3)} without its sign.`;
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", start);
   update();
