@@ -184,7 +184,7 @@ def _tokens(
         raise ValueError(f"none of the {len(ds)} rows can be read: see what clear.score says of them")
     if len(rows) < len(ds):
         warnings.warn(
-            f"{len(ds) - len(rows)} of {len(ds)} rows are left out; the first one: {step.reasons[0]}", stacklevel=3
+            f"{len(ds) - len(rows)} of {len(ds)} rows are left out; the first one: {step.reasons[0]!r}", stacklevel=3
         )
     return rows
 

@@ -23,7 +23,7 @@ PACKAGE = Path(clear_datasets.__file__).parent
 ROWS = Dataset.from_dict({"question": ["Who?", "Where?"], "answer": ["me", "here"]})
 CODE = """
 from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 Path({marker!r}).touch()
 
 class MyConfig(LlamaConfig):
