@@ -28,7 +28,7 @@ def main(folder: Path, url: str, key: str | None) -> None:
     warnings.simplefilter("always")
 
     def engine(model: str) -> OpenAI:
-        return OpenAI(model, url, api_key=key, retries=0)
+        return OpenAI(model, url, api_key=key, concurrency=4, retries=1)
 
     clear = Clear("tiny", engine=engine("tiny"), confidence=BSDetector(k=2)).with_writer("writer")
     rows = load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
