@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from clear_datasets.terminal import clear_errors
+from clear_datasets.terminal import clear_errors, visible
 
 app = typer.Typer(no_args_is_help=True, help="Look at the answers that are kept, and make room.")
 
@@ -26,7 +26,7 @@ def info(folder: _Folder = None) -> None:
 
     with clear_errors():
         found = store_of(folder).info()
-        print(f"{found.answers:,} answers in {found.path}")
+        print(visible(f"{found.answers:,} answers in {found.path}"))
         print(f"{_size(found.size)} of at most {_size(found.limit)} (CLEAR_CACHE_GB)")
         if found.oldest is not None:
             print(f"the oldest was used {_day(found.oldest)}")
@@ -58,7 +58,7 @@ def clear(
     with clear_errors():
         store = store_of(folder)
         if not yes:
-            typer.confirm(f"delete {store.info().answers:,} answers in {store.path}?", abort=True)
+            typer.confirm(f"delete {store.info().answers:,} answers in {visible(str(store.path))}?", abort=True)
         print(f"deleted {store.prune():,} answers")
 
 

@@ -76,7 +76,7 @@ def estimate(
     from clear_datasets import above, threshold
 
     sample = rows.with_format(None).shuffle(seed=0).select(range(min(probe, len(rows))))
-    tokenizer = AutoTokenizer.from_pretrained(source_of(clear.model), revision=clear.revision)
+    tokenizer = AutoTokenizer.from_pretrained(source_of(clear.model), revision=clear.revision, trust_remote_code=False)
     chats = Chats.of(tokenizer, sys.maxsize, None)
     engine = Metered(clear.engine or default_engine(clear.model, clear.revision), chats)
     base, scale = replace(clear, engine=engine, writer=None, cache=False), len(rows) / len(sample)

@@ -57,13 +57,14 @@ def finetune(
         **options: Of ``trl.SFTConfig``. By default 3 epochs in batches of 8, learning rate 2e-4 (all weights: 1e-5, as
             in the paper), a checkpoint every tenth of the way, and no row is cut off (``max_length=None``). A batch of
             long rows is read in parts (``gradient_accumulation_steps``), 4,096 tokens at a time or else row by row.
+            A model's own code runs with ``trust_remote_code=True`` alone.
 
     Returns:
         `out`, for `Clear.with_writer`.
 
     Raises:
         ImportError: trl or peft are not installed.
-        ValueError: No row can be read, or the folder holds a run with other rows or settings.
+        ValueError: No row can be read, the folder holds a run with other rows or settings, or an option is a token.
 
     References:
         Chen and Mueller 2024, arXiv 2403.12776 (fine-tuning on the filtered rows, before Auto-Correct).
@@ -80,11 +81,14 @@ def finetune(
         raise ValueError(
             f"{' and '.join(taken)} cannot be set: out is the folder, and the loss is that of the response"
         )
+    if taken := sorted({"hub_token", "token"} & {*options, *(options.get("model_init_kwargs") or {})}):
+        raise ValueError(f"{' and '.join(taken)} would be written into {out}: set HF_TOKEN, or hf auth login")
     folder, device = Path(out), best_device()
+    trust = bool(options.get("trust_remote_code"))
     on_cpu, on_cuda = device == "cpu", device == "cuda"  # of a third kind, "mps", torch.cuda tells nothing
     source = source_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    rows = _tokens(ds, format, tokenizer, source, revision)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    rows = _tokens(ds, format, tokenizer, source, revision, trust)
     loading = {"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"}
     settings = {
         "num_train_epochs": EPOCHS,
@@ -108,6 +112,7 @@ def finetune(
     if _done(folder, run):
         return str(folder)
     _close_engines()
+    settings["model_init_kwargs"] = {"trust_remote_code": trust, **settings["model_init_kwargs"]}
     trainer = SFTTrainer(
         model=source,
         args=SFTConfig(output_dir=str(folder), completion_only_loss=True, **settings),
@@ -161,12 +166,14 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
 
 
-def _tokens(ds: Dataset, format: Format | None, tokenizer: Any, source: str, revision: str | None) -> Dataset:
+def _tokens(
+    ds: Dataset, format: Format | None, tokenizer: Any, source: str, revision: str | None, trust: bool
+) -> Dataset:
     """Token ids as the engines make them, and which of them the loss is of; rows that cannot be read are left out."""
     from datasets import Features, List, Value
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(source, revision=revision).get_text_config()
+    text = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust).get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
     step = _Tokens(format, Chats.of(tokenizer, limit, stated_ends(source, revision, text)))
     features = Features({"input_ids": List(Value("int32")), "completion_mask": List(Value("int8"))})
@@ -177,7 +184,7 @@ def _tokens(ds: Dataset, format: Format | None, tokenizer: Any, source: str, rev
         raise ValueError(f"none of the {len(ds)} rows can be read: see what clear.score says of them")
     if len(rows) < len(ds):
         warnings.warn(
-            f"{len(ds) - len(rows)} of {len(ds)} rows are left out; the first one: {step.reasons[0]}", stacklevel=3
+            f"{len(ds) - len(rows)} of {len(ds)} rows are left out; the first one: {step.reasons[0]!r}", stacklevel=3
         )
     return rows
 

@@ -14,7 +14,7 @@ import typer
 
 from clear_datasets import options
 from clear_datasets.files import load, write_text
-from clear_datasets.terminal import clear_errors, console
+from clear_datasets.terminal import clear_errors, console, visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,7 +72,7 @@ def push(
             rows, repo, audit, clear=clear, settings=settings, source=source or known,
             private=private or None, split=split, revision=revision,
         )  # fmt: skip
-        print(address)
+        print(visible(address))
 
 
 def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:

@@ -270,8 +270,8 @@ class _Encoder:
 def _loaded(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision)
-    loaded = getattr(transformers, auto).from_pretrained(model, revision=revision)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
+    loaded = getattr(transformers, auto).from_pretrained(model, revision=revision, trust_remote_code=False)
     return _Encoder(loaded.to(device or best_device()).eval(), tokenizer)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -11,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +25,29 @@ if TYPE_CHECKING:
     from clear_datasets.calibrate import Calibration
     from clear_datasets.estimate import Cost
 
-console = Console(stderr=True)
+# What a terminal obeys, or what reorders a line: all controls but tab and newline, and bidirectional overrides.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Text of the data that a terminal only shows: an escape sequence as the characters that it is made of.
+
+    Examples:
+        >>> print(visible("\x1b[2J"))
+        \x1b[2J
+    """
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class _Console(Console):
+    """One on which no text of the data acts; rich removes some controls, but not the escape character."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See rich: called on each text that is printed, cells of tables too, before it gets its own colours."""
+        return super().render_str(visible(text), **options)
+
+
+console = _Console(stderr=True, emoji=False)
 
 
 @contextmanager
@@ -120,7 +144,7 @@ def cost_table(costs: Sequence[Cost], rows: int, price_per_hour: float | None) -
         price = [f"{cost.seconds / 3600 * price_per_hour:,.2f}"] if price_per_hour is not None else []
         tokens = f"{cost.prompt_tokens:,}", f"{cost.written_tokens:,}"
         table.add_row(cost.stage, *tokens, clock(cost.seconds), *price)
-    Console().print(table)
+    _Console().print(table)
 
 
 def calibration_tables(found: Calibration) -> None:
@@ -128,7 +152,7 @@ def calibration_tables(found: Calibration) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    out = Console()
+    out = _Console(emoji=False)
     signals = Table("signal", "AUROC", "95% interval", title="what finds the noise", title_justify="left")
     for name, (value, low, high) in found.signals.items():
         signals.add_row(escape(name), f"{value:.3f}", f"{low:.3f} to {high:.3f}")
@@ -178,5 +202,5 @@ def clear_errors(code: int = 1) -> Iterator[None]:
 
 def fail(message: str, code: int) -> NoReturn:
     """End with a line and an exit code."""
-    print(f"clear-datasets: {message}", file=sys.stderr)
+    print(visible(f"clear-datasets: {message}"), file=sys.stderr)
     raise typer.Exit(code)

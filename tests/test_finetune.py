@@ -87,7 +87,7 @@ def test_a_batch_of_long_rows_is_read_in_parts_and_engines_make_room(tmp_path):
 
 def test_what_cannot_be_trained_on(tiny, tmp_path):
     some = Dataset.from_dict({"question": ["Who?", ""], "answer": ["Ada", "x"]})
-    with pytest.warns(UserWarning, match="1 of 2 rows are left out; the first one: column 'question' is empty"):
+    with pytest.warns(UserWarning, match="1 of 2 rows are left out; the first one: .column 'question' is empty"):
         out = finetune(some, tiny, tmp_path / "all", lora=None, max_steps=1)
     assert Transformers(out, dtype="float32").generate([[{"role": "user", "content": "Who?"}]], max_tokens=2)
     with pytest.raises(ValueError, match="none of the 1 rows can be read"):

@@ -215,11 +215,12 @@ def from_gguf(file: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}  # None would ask at the terminal
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, **options)
         model.hf_quantizer, model.is_quantized = None, False  # plain weights by now; saving refuses otherwise
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

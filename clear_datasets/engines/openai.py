@@ -24,6 +24,7 @@ _MIN_MASS = 0.01  # labels that together hold less were not what the model wante
 _COUNTED = 20  # answers that a label's probability is counted from, where there are no log-probabilities
 _REFUSED = (400, 413, 422)  # by which a server says that one prompt cannot be answered
 _ALL = 20  # so many requests refused with the same words: it is not the prompts
+_ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?(/[^\s?#]*)?", re.IGNORECASE)
 
 _LOOPS: dict[int, asyncio.AbstractEventLoop] = {}
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
@@ -52,7 +53,8 @@ class OpenAI(Queued):
 
     Args:
         model: The server's name for it.
-        base_url: Of the server, up to ``/v1``; ``OPENAI_BASE_URL``, else OpenAI itself, by default.
+        base_url: Of the server, up to ``/v1``; ``OPENAI_BASE_URL``, else OpenAI itself, by default. It is printed, and
+            so takes neither a password nor a query.
         api_key: ``OPENAI_API_KEY`` by default; servers of your own may need none. It is in no state and no hash: worker
             processes of ``ds.map(num_proc=...)`` have it from the environment.
         concurrency: Requests that are under way at a time.
@@ -62,6 +64,7 @@ class OpenAI(Queued):
 
     Raises:
         EngineError: The server cannot be reached or refuses the key; from every method.
+        ValueError: The address is none, or may hold a secret; ``OPENAI_BASE_URL`` is read at the first call.
 
     Examples:
         >>> OpenAI("gpt-4o-mini", api_key="secret")
@@ -83,6 +86,8 @@ class OpenAI(Queued):
                 f"concurrency={self.concurrency}, retries={self.retries}, deadline={self.deadline}; "
                 "expected at least 1, 0, and more than 0 seconds"
             )
+        if self.base_url is not None:
+            _check_address(self.base_url, "base_url")
 
     @property
     def identity(self) -> str:
@@ -249,7 +254,10 @@ class OpenAI(Queued):
 
     @property
     def _where(self) -> str:
-        return self.base_url or os.environ.get("OPENAI_BASE_URL") or "OpenAI"
+        stated = os.environ.get("OPENAI_BASE_URL")
+        if not self.base_url and stated:
+            _check_address(stated, "OPENAI_BASE_URL")
+        return self.base_url or stated or "OpenAI"
 
     def _client(self) -> Any:
         import openai
@@ -285,6 +293,18 @@ class OpenAI(Queued):
         body = getattr(error, "body", None)
         text = str((body.get("message") if isinstance(body, dict) else None) or error)
         return text.replace(self._key, "***") if len(self._key) >= 8 else text  # some servers repeat it
+
+
+def _check_address(address: str, name: str) -> None:
+    """Refuse an address that may hold a secret: addresses stand in errors, on cards and in the keys of the cache."""
+    if _ADDRESS.fullmatch(address):
+        return
+    shown = re.sub(r"^(https?://)?.*@", r"\1***@", address, flags=re.DOTALL | re.IGNORECASE)
+    shown = re.sub(r"[?#].*", lambda rest: f"{rest[0][0]}***", shown, flags=re.DOTALL)
+    raise ValueError(
+        f"{name} is {shown!r}; expected http:// or https://, a host and a path, without a user, a password or a query, "
+        "as it is printed and kept: give the key as api_key= or OPENAI_API_KEY"
+    )
 
 
 def _shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) -> list[float]:

@@ -38,7 +38,7 @@ class Transformers(Queued):
         batch_tokens: Tokens in one forward pass; by default 4,096 on a CPU and 32,768 on a GPU. A batch that does
             not fit the GPU's memory is halved until it does.
         seed: Where samples begin.
-        trust_remote_code: Whether a Hub model may run its own code.
+        trust_remote_code: Whether a model may run the code that comes with it.
         adapter: A folder with a LoRA adapter that is merged into the model (needs `peft`).
     """
 
@@ -60,7 +60,8 @@ class Transformers(Queued):
     def identity(self) -> str:
         """See `Engine.identity`."""
         model = self.stamp or commit_of(self.model, self.revision)
-        return repr(("Transformers", model, self.dtype, self.seed))
+        own_code = ["its own code"] if self.trust_remote_code else []
+        return repr(("Transformers", model, self.dtype, self.seed, *own_code))
 
     def with_writer(self, writer: str) -> Transformers:
         """See `Engine.with_writer`; the weights are loaded a second time."""

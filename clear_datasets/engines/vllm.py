@@ -44,6 +44,9 @@ class VLLM(Queued):
         max_model_len: Tokens of prompt and answer; by default what the model can.
         **options: Passed to ``vllm.LLM``: ``tensor_parallel_size=2``, ``dtype="float16"``, ...
 
+    Raises:
+        ValueError: An option is a token; ``HF_TOKEN`` is its place.
+
     Examples:
         >>> VLLM("Qwen/Qwen2.5-7B-Instruct", tensor_parallel_size=2).options
         (('tensor_parallel_size', 2),)
@@ -67,6 +70,8 @@ class VLLM(Queued):
         max_model_len: int | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(options.get("hf_token"), str):
+            raise ValueError("hf_token would be in the hash and on the card: set HF_TOKEN, or hf auth login")
         values = {
             "model": model,
             "revision": revision,

@@ -259,6 +259,45 @@ def test_a_key_is_in_no_state(server, monkeypatch):
     assert "sk-secret" not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize(
+    "address, shown",
+    [
+        ("http://user:sk-secret@host/v1", "http://***@host/v1"),
+        ("https://sk-secret@host/v1", "https://***@host/v1"),
+        ("https://user:sk-sec/ret@host/v1", "https://***@host/v1"),
+        ("https://sk-sec?ret:x@host/v1", "https://***@host/v1"),
+        ("user:sk-secret@host/v1", "***@host/v1"),
+        ("https://host/v1?key=sk-secret", "https://host/v1?***"),
+        ("https://host/v1#sk-secret", "https://host/v1#***"),
+        ("host:8000/v1", "host:8000/v1"),
+        ("http://host/v1 ", "http://host/v1 "),
+        ("", ""),
+    ],
+)
+def test_an_address_with_a_secret_is_refused_without_saying_it(address, shown, monkeypatch):
+    def refused() -> ValueError:
+        with pytest.raises(ValueError, match=r"expected http:// or https://.*api_key= or OPENAI_API_KEY") as caught:
+            OpenAI("m", address)
+        return caught.value
+
+    for piece in ("sk-sec", "ret@", "user"):
+        assert piece not in str(refused()).partition(";")[0]
+    assert f"base_url is {shown!r};" in str(refused())
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    if address:  # an empty variable is none
+        for call in (lambda: OpenAI("m").identity, lambda: OpenAI("m", api_key="k").generate([ask("a")])):
+            with pytest.raises(ValueError, match="OPENAI_BASE_URL is") as caught:
+                call()
+            assert f"OPENAI_BASE_URL is {shown!r};" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http://[::1]:8000/v1", "HTTPS://host", "https://host/a@b/v1/", "http://1.2.3.4/"])
+def test_an_address_without_a_secret_is_taken(address, monkeypatch):
+    assert OpenAI("m", address).base_url == address
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    assert address in OpenAI("m").identity
+
+
 def test_inside_a_running_event_loop(server):
     async def cell():
         return OpenAI("m", server.url, api_key="k").generate([ask("a")])
