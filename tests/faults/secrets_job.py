@@ -57,4 +57,5 @@ def main(folder: Path, url: str, key: str | None) -> None:
             logging.exception("it fails")
 
 
-main(Path(sys.argv[1]), sys.argv[2], sys.stdin.read() or None)
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.stdin.read() or None)
