@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from clear_datasets import Clear
 
 IMAGE = "clear_confidence.png"
+EMPTY = "---\n{}\n---\n"  # a card without the YAML block would be warned of
 _BEGIN, _END = (
     "<!-- clear_datasets: begin -->",
     "<!-- clear_datasets: end; what stands outside of these marks is kept -->",
@@ -128,7 +129,7 @@ def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[
     infos = [i for i in _list(data.pop("dataset_info", None)) if i.get("config_name", "default") not in configs]
     if infos:
         data["dataset_info"] = infos
-    empty = DatasetCard("")
+    empty = DatasetCard(EMPTY)
     empty.data = type(empty.data)(**data)
     return f"---\n{empty.data.to_yaml()}\n---\n\n{text}\n"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clear_datasets.apply import OURS
-from clear_datasets.card import IMAGE, Body, card, merged, origin
+from clear_datasets.card import EMPTY, IMAGE, Body, card, merged, origin
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -174,7 +174,7 @@ def _commit(
     try:
         old = DatasetCard.load(api.hf_hub_download(repo, "README.md", repo_type="dataset", revision=there.sha))
     except EntryNotFoundError:
-        old = DatasetCard("")
+        old = DatasetCard(EMPTY)
     ours, new = tuple(f"{_folder(c)}/{s}-" for c in rows for s in rows[c]), {f.path_in_repo for f in files}
     gone = [f.rfilename for f in there.siblings or () if f.rfilename.startswith(ours) and f.rfilename not in new]
     configs = {config: [{"split": s, "path": f"{_folder(config)}/{s}-*"} for s in rows[config]] for config in rows}
