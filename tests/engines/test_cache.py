@@ -265,6 +265,7 @@ def test_a_file_that_cannot_be_used_is_set_aside(asked, answers, kind):
     [aside] = [f for f in answers.glob("*.aside-*") if not f.name.endswith(("-wal", "-shm"))]
     if kind not in ("of another program", "newer"):  # which SQLite closes with a log of its own
         assert aside.read_bytes() == before
+    assert stat.S_IMODE((answers / NAME).stat().st_mode) == 0o600
     close_stores()
     asked.clear()
     with warnings.catch_warnings():
@@ -316,7 +317,7 @@ def write_much(folder: Any, seed: int) -> int:
         store.put([((1000 * i + j).to_bytes(16, "big"), seed % 2, b"#" * 100) for j in range(20)])
         store.get([(1000 * i + j).to_bytes(16, "big") for j in range(20)])
     store.close()
-    return len(store._said)
+    return len(store.database._said)
 
 
 def test_many_processes_share_a_file(tmp_path):
