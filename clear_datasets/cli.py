@@ -115,8 +115,8 @@ def curate(
 
     OUT has the kept rows in SRC's own columns. Every row with its scores and decision stands beside it, in
     OUT.audit.parquet. With --correct, MODEL is fine-tuned on the kept rows (into OUT.writer), and the other rows get
-    its answer where MODEL itself is sure that it is better. A run that was broken off goes on behind the last batch
-    that was done (clear_stages, beside OUT) or the last checkpoint of fine-tuning.
+    its answer where MODEL itself is sure that it is better. A run that was broken off goes on from its last answer, or
+    from the last checkpoint of fine-tuning.
     """
     from clear_datasets import curated, decide, threshold
     from clear_datasets.stages import train_writer

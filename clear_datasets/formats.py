@@ -215,6 +215,7 @@ def infer(columns: Mapping[str, Any]) -> Format:
     known = "; ".join(", ".join(names) for names, _ in _KNOWN)
     raise FormatError(
         f"found the columns {', '.join(map(repr, columns)) or '(none)'}, and know: {known}. Name yours: "
+        "--prompt and --response, or "
         'Clear(format=Columns(prompt="...", response="...")) or Clear(format=Chat("...", role="...", content="..."))'
     )
 

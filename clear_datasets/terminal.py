@@ -123,7 +123,7 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
         )
     console.print(least)
     for error, count in Counter(e for e in ds["clear_error"][:] if e).most_common(5):
-        console.print(f"{count} rows: {escape(_short(error, 200))}")
+        console.print(f"{count:,} row{'s' * (count > 1)}: {escape(_short(error, 200))}")
     console.print(f"wrote {escape(str(out))}")
     if not scored.any():
         fail("no row could be scored", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -59,9 +60,9 @@ class Transformers(Queued):
     @property
     def identity(self) -> str:
         """See `Engine.identity`."""
-        model = self.stamp or commit_of(self.model, self.revision)
+        commit = "" if os.path.exists(self.model) else commit_of(self.model, self.revision)
         own_code = ["its own code"] if self.trust_remote_code else []
-        return repr(("Transformers", model, self.dtype, self.seed, *own_code))
+        return repr(("Transformers", commit, self.stamp, self.dtype, self.seed, *own_code))
 
     def with_writer(self, writer: str) -> Transformers:
         """See `Engine.with_writer`; the weights are loaded a second time."""

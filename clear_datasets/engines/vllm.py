@@ -17,10 +17,10 @@ from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, plan
 from clear_datasets.engines.vllm_process import LOADED, load
 
-_TELLING = {  # options that change what a model says
-    "chat_template", "dtype", "hf_overrides", "kv_cache_dtype", "load_format", "model_impl", "override_pooler_config",
-    "quantization", "quantization_param_path", "rope_scaling", "rope_theta", "runner", "tokenizer", "tokenizer_mode",
-    "tokenizer_revision", "trust_remote_code",
+_WHERE = {  # options that say where and how fast a model runs, not what it says
+    "block_size", "cpu_offload_gb", "data_parallel_size", "disable_log_stats", "distributed_executor_backend",
+    "enable_chunked_prefill", "enable_lora", "enable_prefix_caching", "enforce_eager", "max_lora_rank", "max_loras",
+    "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
 }  # fmt: skip
 _TOP = 20  # log-probabilities that vLLM gives at most, where it cannot be asked for those of the labels
 
@@ -105,7 +105,7 @@ class VLLM(Queued):
     def identity(self) -> str:
         """See `Engine.identity`: how the work is spread and where it runs changes nothing."""
         model = self.stamp or commit_of(self.model, self.revision)
-        told = [option for option in self.options if option[0] in _TELLING]
+        told = [option for option in self.options if option[0] not in _WHERE]
         return repr(("VLLM", model, self.adapter_stamp, told))
 
     @property

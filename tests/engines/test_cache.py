@@ -25,6 +25,7 @@ from clear_datasets.engines import Answers, Asks, Messages, PromptError
 from clear_datasets.engines.cache import COUNTS, Cached, close_stores, store_of
 from clear_datasets.engines.store import NAME, Store
 from clear_datasets.engines.transformers import Transformers
+from clear_datasets.engines.vllm import VLLM
 from tests.conftest import Scripted, make_tiny
 from tests.test_cli import run
 
@@ -219,6 +220,16 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub, tmp_path, monkeypatch):
     assert "org/a@" + "1" * 40 in Transformers("org/a").identity
     assert "org/b@" + "2" * 40 in Transformers("org/b", seed=1).identity
     assert "org/none@v2" in Transformers("org/none", "v2").identity
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for kind in (Transformers, VLLM):
+        engines = [
+            kind(name, adapter=adapter) for name in ("org/a", "org/b") for adapter in (None, f"{tmp_path}/adapter")
+        ]
+        assert len({engine.identity for engine in engines}) == 4
+    one = VLLM("org/a", dtype="float16").identity
+    assert one == VLLM("org/a", dtype="float16", tensor_parallel_size=2, gpu_memory_utilization=0.5).identity
+    assert one != VLLM("org/a", dtype="float32").identity
 
 
 def test_a_similarity_by_an_encoder_is_computed_once(tiny, monkeypatch):
