@@ -138,3 +138,31 @@ def test_calibrate_predicts_on_squad_what_the_median_finds_on_other_rows(fitted,
     predicted = result["fits"][fitted]["recall at the median"][0]
     measured = result["tests"][tested]["fitted"][fitted]["recall at the median"][0]
     assert abs(predicted - measured) <= 0.1
+
+
+def test_the_docs_say_which_faults_were_survived(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from fault_test import table
+
+    found = json.loads((ROOT / "docs" / "benchmarks" / "faults.json").read_text())
+    shown = (ROOT / "docs" / "reliability.md").read_text()
+    assert table(found) in shown
+    assert all(entry["command"] in shown for entry in found)
+    assert {(entry["engine"], entry["processes"]) for entry in found} >= {
+        ("transformers", 1), ("transformers", 2), ("vllm", 1)
+    }  # fmt: skip
+    for entry in found:
+        assert entry["rows lost"] == 0
+        assert entry["asked twice"] <= entry["at most"]
+        assert entry["kills"] >= (5 if entry["engine"] == "vllm" else 20)
+
+
+def test_the_docs_say_what_the_cache_costs():
+    found = json.loads((ROOT / "docs" / "benchmarks" / "cache.json").read_text())
+    shown = (ROOT / "docs" / "reliability.md").read_text()
+    ratio, rate = found["score on vLLM"]["time with the cache over time without"], found["look-ups"]
+    assert ratio["median"] <= 1.03
+    assert rate["looked up a second"] >= 20_000
+    assert f"{ratio['median']:.3f} times as long ({ratio['least']:.3f} to {ratio['most']:.3f}" in shown
+    assert f"{rate['looked up a second']:,} a second" in shown
+    assert found["command"] in shown
