@@ -136,7 +136,7 @@ def _matches(file: Path, pattern: str) -> bool:
 def write(ds: Dataset, out: Path) -> None:
     """Write beside OUT, then rename: a reader never sees half a file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}")
+    part, old = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         if out.suffix in (".jsonl", ".json"):
             _write_json(ds, part, array=out.suffix == ".json")
@@ -147,19 +147,23 @@ def write(ds: Dataset, out: Path) -> None:
         else:
             ds.save_to_disk(part)
             if out.is_dir():  # a dataset and nothing else: see check_out
-                shutil.rmtree(out)
+                out.rename(old)
         part.rename(out)
     finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
+        for left in (part, old):
+            if left.is_dir():
+                shutil.rmtree(left)
+            left.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
     """The same for a small file."""
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.rename(file)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.rename(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _write_json(ds: Dataset, file: Path, array: bool) -> None:
