@@ -224,7 +224,7 @@ def infer(columns: Mapping[str, Any]) -> Format:
 
 
 def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
-    """The format of some rows, by the first value of a column that is a chat: a bad row says nothing of the others."""
+    """The format of some rows, by the first value of a column that is a chat as most are: bad rows change no others."""
     return infer(_Firsts(rows))
 
 
@@ -247,7 +247,8 @@ class _Lazily(Mapping[str, Any]):
 class _Firsts(_Lazily):
     def __getitem__(self, name: str) -> Any:
         values = self.columns[name]
-        return next((v for v in values if any(keys <= _keys(v) for keys in _TURN)), values[0] if len(values) else None)
+        chats = max(([v for v in values if keys <= _keys(v)] for keys in _TURN), key=len)
+        return chats[0] if chats else values[0] if len(values) else None
 
 
 class RowOf(_Lazily):

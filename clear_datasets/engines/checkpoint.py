@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LOADED: dict[Transformers, Checkpoint] = {}
 _PARENT_HAD_TORCH: list[bool] = []  # not empty in a process that was forked from one with torch
 
+_SHORT = ("out of memory", "allocate memory", "not enough memory", "can't start new thread")
+
 
 def _after_fork() -> None:
     if "torch" in sys.modules:
@@ -75,16 +77,18 @@ def loading(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        memory = isinstance(error, MemoryError) or any(
-            p in reason.lower() for p in ("out of memory", "allocate memory")
-        )
-        if memory:
+        if short_of_memory(error):
             mend = "there is too little memory for it: free some, or take a smaller model"
         elif os.path.exists(model):
             mend = "is the folder a whole checkpoint, with all of its files as they were saved?"
         else:
             mend = "expected a folder that is there, or the id of a Hub model that you have access to (HF_TOKEN)"
         raise EngineError(f"cannot load the model {model}: {reason[:400].removesuffix('.')}; {mend}") from error
+
+
+def short_of_memory(error: Exception) -> bool:
+    """Whether an error is for want of memory: of the device, of this machine, or of what a process may have."""
+    return isinstance(error, MemoryError) or any(piece in str(error).lower() for piece in _SHORT)
 
 
 def unload(config: Transformers | None = None) -> None:
