@@ -196,6 +196,8 @@ class OpenAI(Queued):
             try:
                 with self._understanding():
                     reply = await client.chat.completions.create(model=self.model, **request)
+                    if not reply.choices:
+                        raise EngineError(f"{self._where} gave a reply without any answer")
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refusals.append(error)
             else:
@@ -210,8 +212,6 @@ class OpenAI(Queued):
         while len(texts) < n:  # some servers give one answer a request, whatever n is
             settings = {self._limit: limit, "n": n - len(texts), "temperature": temperature, "top_p": 1.0}
             reply = await self._ask(prompt, settings)
-            if not getattr(reply, "choices", None):
-                raise EngineError(f"{self._where} gave a reply without any answer")
             with self._understanding():
                 texts += [(_said(c.message.content), c.finish_reason == "length") for c in reply.choices]
         return texts[:n]
@@ -226,7 +226,7 @@ class OpenAI(Queued):
             try:
                 reply = await self._ask(prompt, settings)
                 with self._understanding():
-                    given = reply.choices[0].logprobs if reply.choices else None
+                    given = reply.choices[0].logprobs
                     if given is not None:  # without content, the model refused to answer
                         top = given.content[0].top_logprobs if given.content else []
                         return _shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)

@@ -20,7 +20,7 @@ pytest.importorskip("openai")
 
 from clear_datasets.engines import openai as module
 from clear_datasets.engines.openai import OpenAI
-from tests.engines.test_openai import Reply, Server, ask, content, failed, said, server
+from tests.engines.test_openai import Reply, ask, content, failed, said, server
 
 __all__ = ["server"]  # a fixture
 
@@ -30,8 +30,8 @@ JSON, HTML = {"Content-Type": "application/json"}, {"Content-Type": "text/html"}
 
 def completion(**choice: Any) -> dict[str, Any]:
     message = {"role": "assistant", "content": "x"}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": message, "logprobs": None, **choice}]}  # fmt: skip
+    choices = [{"index": 0, "finish_reason": "stop", "message": message, "logprobs": None, **choice}]
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
 
 
 NONSENSE: dict[str, Reply] = {
@@ -77,6 +77,15 @@ def test_log_probabilities_of_nonsense_are_a_clear_error(server, logprobs):
     server.reply = lambda body: (200, completion(logprobs=logprobs), JSON)
     with pytest.raises(EngineError, match="no chat completion"):
         OpenAI("m", server.url, api_key="k").choose([ask("Right?")], ["Yes", "No"])
+
+
+def test_one_reply_without_an_answer_does_not_make_a_server_one_without_log_probabilities(server):
+    replies = iter([NONSENSE["no choices"], said("x", logprobs={"Yes": 0.9, "No": 0.1})({})])
+    server.reply = lambda body: next(replies)
+    engine = OpenAI("m", server.url, api_key="k")
+    with pytest.raises(EngineError, match="without any answer"):
+        engine.choose([ask("Right?")], ["Yes", "No"])
+    np.testing.assert_allclose(engine.choose([ask("Right?")], ["Yes", "No"]), [[0.9, 0.1]], rtol=1e-5)
 
 
 def test_no_text_is_an_empty_answer_and_half_a_character_is_replaced(server):
