@@ -247,8 +247,9 @@ class _Lazily(Mapping[str, Any]):
 class _Firsts(_Lazily):
     def __getitem__(self, name: str) -> Any:
         values = self.columns[name]
-        chats = max(([v for v in values if keys <= _keys(v)] for keys in _TURN), key=len)
-        return chats[0] if chats else values[0] if len(values) else None
+        chats = [(v, _TURN[1] <= _keys(v)) for v in values if any(keys <= _keys(v) for keys in _TURN)]
+        most = 2 * sum(second for _, second in chats) > len(chats)
+        return next((v for v, second in chats if second == most), values[0] if len(values) else None)
 
 
 class RowOf(_Lazily):
