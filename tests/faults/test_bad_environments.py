@@ -131,6 +131,29 @@ def test_a_full_disk_leaves_what_was_there_and_the_same_command_goes_on(command,
     )
 
 
+LARGE = """
+import os, sys
+from pathlib import Path
+from datasets import Dataset
+from clear_datasets.files import write
+try:
+    write(Dataset.from_dict({"text": [os.urandom(2000).hex() for _ in range(2000)]}), Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_parquet_file_that_does_not_fit_is_an_error_and_no_abort(disk):
+    out = disk.folder / "out.parquet"
+    out.write_text("old")
+    done = subprocess.run([sys.executable, "-c", LARGE, str(out)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "cannot write" in done.stdout
+    assert "No space left on device" in done.stdout
+    assert left_in(disk.folder) == {"out.parquet"}
+    assert out.read_text() == "old"
+
+
 def test_a_page_that_does_not_fit(disk, tmp_path):
     pytest.importorskip("vl_convert")
     scored = Dataset.from_dict({**ROWS, **Clear(engine=Counting()).score(ROWS)})
