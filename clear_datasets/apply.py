@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from clear_datasets.formats import Format, RowOf, infer_rows
+from clear_datasets.formats import Format, FormatError, RowOf, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -114,10 +115,11 @@ class _Replace:
         originals = [original or "" for original in before]  # of an earlier round, which stay
         changed: dict[str, list[Any]] = {"clear_original": originals}
         for i, decision in enumerate(batch["clear_decision"]):
-            if decision == "replace":
+            if decision == "replace" and (candidate := batch["clear_candidate"][i]):
                 row = RowOf(batch, i)
-                originals[i] = originals[i] or form.read(row).response
-                _put(changed, batch, i, form.write(row, row["clear_candidate"]))
+                with suppress(FormatError):  # it has no target that could be replaced
+                    originals[i] = originals[i] or form.read(row).response
+                    _put(changed, batch, i, form.write(row, candidate))
         return changed
 
 

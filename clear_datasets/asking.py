@@ -34,7 +34,7 @@ class _Batch:
 
     Attributes:
         asks: For the engine.
-        owners: The rows that each of its positions belongs to.
+        owners: The rows that each of its positions belongs to; of samples, those that want the longest.
     """
 
     def __init__(self, each: Sequence[Asks]) -> None:
@@ -48,7 +48,9 @@ class _Batch:
         longest = [0] * len(seen)  # long enough for each of its rows
         for i, place in enumerate(self.place):
             longest[place] = max(longest[place], limits[i])
-            self.owners[place].append(rows["generate"][i])
+        for i, place in enumerate(self.place):
+            if limits[i] == longest[place]:  # whoever wants less may be answered without them
+                self.owners[place].append(rows["generate"][i])
         self.owners += [[row] for part in KINDS[1:] for row in rows[part]]
         distinct = dict(zip(self.place, joined["generate"], strict=True))
         joined["generate"] = [distinct[place] for place in range(len(seen))]

@@ -50,14 +50,17 @@ class Batch(Mapping[str, list[Any]]):
 
 
 def _checked(values: Any, name: str) -> Any:
-    first = values[0] if not isinstance(values, str) and hasattr(values, "__len__") and len(values) else None
-    turn = isinstance(first, Mapping) and any(
-        isinstance(first.get(role), str) and isinstance(first.get(text), str)
-        for role, text in (("role", "content"), ("from", "value"))
-    )
-    if turn or isinstance(values, str) or not hasattr(values, "__len__"):
+    one = isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__")
+    if one or (len(values) and all(map(_is_turn, values))):  # one chat, all of it turns
         raise TypeError(f"column {name!r} holds one value, not a batch: use ds.map(clear.score, batched=True)")
     return values
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(
+        isinstance(value.get(role), str) and isinstance(value.get(text), str)
+        for role, text in (("role", "content"), ("from", "value"))
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path
@@ -134,32 +136,67 @@ def _matches(file: Path, pattern: str) -> bool:
 
 
 def write(ds: Dataset, out: Path) -> None:
-    """Write beside OUT, then rename: a reader never sees half a file."""
+    """Write beside OUT, then rename: a reader never sees half a file, and OUT stays as it was where writing fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with _beside(out) as part:
         if out.suffix in (".jsonl", ".json"):
             _write_json(ds, part, array=out.suffix == ".json")
         elif out.suffix == ".csv":
             ds.to_csv(part, index=False)
         elif out.suffix == ".parquet":
-            ds.to_parquet(part)
+            with _Enduring(part.open("wb", buffering=0)) as f:
+                ds.to_parquet(f)
+                f.check()
         else:
             ds.save_to_disk(part)
-            if out.is_dir():  # a dataset and nothing else: see check_out
-                shutil.rmtree(out)
-        part.rename(out)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
     """The same for a small file."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.rename(file)
+    with _beside(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    part, old = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    try:
+        yield part
+        if out.is_dir():  # a dataset and nothing else: see check_out
+            out.rename(old)
+        part.rename(out)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {out} ({error.strerror or error}): what was there before stays; "
+            "once this is mended, the same command goes on from what was answered"
+        ) from error
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for left in (part, old):
+            if left.is_dir():
+                shutil.rmtree(left)
+            left.unlink(missing_ok=True)
+
+
+class _Enduring(io.BufferedWriter):
+    """A file that says in the end what went wrong: a write that fails makes pyarrow abort the process."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def check(self) -> None:
+        """Raise what went wrong."""
+        self.flush()
+        if self.error is not None:
+            raise self.error
 
 
 def _write_json(ds: Dataset, file: Path, array: bool) -> None:

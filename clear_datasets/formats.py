@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from reprlib import repr as brief
 from typing import Any, Protocol
 
 from clear_datasets.engines import Messages
@@ -174,8 +175,8 @@ class Chat:
             return "assistant"
         if not isinstance(name, str) or name not in _ROLES:
             raise FormatError(
-                f"column {self.column!r} has a turn whose {self.role!r} is {name!r}; known are {', '.join(_ROLES)}: "
-                "name yours with Chat(..., role=, content=, user=, assistant=)"
+                f"column {self.column!r} has a turn whose {self.role!r} is {brief(name)}; "
+                f"known are {', '.join(_ROLES)}: name yours with Chat(..., role=, content=, user=, assistant=)"
             )
         return _ROLES[name]
 
@@ -190,6 +191,9 @@ _KNOWN: tuple[tuple[tuple[str, ...], Format], ...] = (
     (("context", "question", "answer"), Columns("question", "answer", context="context")),
     (("question", "answer"), Columns("question", "answer")),
 )
+
+
+_TURN = ({"role", "content"}, {"from", "value"})  # keys of a turn
 
 
 def infer(columns: Mapping[str, Any]) -> Format:
@@ -208,7 +212,7 @@ def infer(columns: Mapping[str, Any]) -> Format:
     for names, form in _KNOWN:
         if all(name in columns for name in names):
             if isinstance(form, Chat) and (keys := _keys(columns[form.column])):
-                return Chat(form.column, "from", "value") if {"from", "value"} <= keys else Chat(form.column)
+                return Chat(form.column, "from", "value") if _TURN[1] <= keys else Chat(form.column)
             if isinstance(form, Columns) and "system" in columns:
                 return replace(form, system="system")
             return form
@@ -221,7 +225,7 @@ def infer(columns: Mapping[str, Any]) -> Format:
 
 
 def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
-    """The format of some rows, by the first value of a column that is not empty: an empty chat hides its keys."""
+    """The format of some rows, by the first value of a column that is a chat as most are: bad rows change no others."""
     return infer(_Firsts(rows))
 
 
@@ -244,7 +248,9 @@ class _Lazily(Mapping[str, Any]):
 class _Firsts(_Lazily):
     def __getitem__(self, name: str) -> Any:
         values = self.columns[name]
-        return next((v for v in values if v is not None and v != []), values[0] if len(values) else None)
+        chats = [(v, _TURN[1] <= _keys(v)) for v in values if any(keys <= _keys(v) for keys in _TURN)]
+        most = 2 * sum(second for _, second in chats) > len(chats)
+        return next((v for v, second in chats if second == most), values[0] if len(values) else None)
 
 
 class RowOf(_Lazily):
@@ -278,7 +284,9 @@ def _message(message: Any, column: str) -> dict[str, str]:
         )
     role = "system" if message["role"] == "developer" else message["role"]
     if role not in ("system", "user", "assistant"):
-        raise FormatError(f"column {column!r} has a message whose role is {role!r}; known are system, user, assistant")
+        raise FormatError(
+            f"column {column!r} has a message whose role is {brief(role)}; known are system, user, assistant"
+        )
     return {"role": role, "content": _string(message.get("content"), f"a message of {column!r}", True)}
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from clear_datasets.apply import OURS
 from clear_datasets.card import EMPTY, IMAGE, Body, card, merged, origin
+from clear_datasets.files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -136,7 +137,7 @@ def _files(rows: Mapping[str, Splits], largest: int, folder: Path) -> Iterator[t
             count = max(1, math.ceil(size / largest))
             for i in range(count):
                 file = folder / "rows.parquet"
-                _embedded(part.shard(count, i, contiguous=True)).to_parquet(str(file))
+                write(_embedded(part.shard(count, i, contiguous=True)), file)
                 yield f"{_folder(config)}/{split}-{i:05}-of-{count:05}.parquet", file
 
 

@@ -71,11 +71,12 @@ def incomplete(prompt: Messages) -> list[Messages]:
     return [[*turns, {**last, "content": text}] for text in texts]
 
 
+# What may be tried at each place of a text is bounded: 100,000 line breaks or colons are no reason to hang.
 _QUESTIONS = "question|query|instruction|task|problem"
 _OTHERS = "context|passage|document|article|text|background|input|options|answer|response|output"
 _ASKS = re.compile(rf"[#*\s]*(?:{_QUESTIONS})s?\b[^:\n]{{0,20}}:", re.I)
-_LABEL = re.compile(rf"^(?=[#*]*\s*(?:{_QUESTIONS}|{_OTHERS})s?\b[^:\n]{{0,20}}:)", re.I | re.M)
-_CUE = re.compile(r"\W*\w+(?:\W+\w+){0,4}\W*:\W*")  # "### Response:", "Answer:"
+_LABEL = re.compile(rf"^(?=[#*]*\s{{0,99}}+(?:{_QUESTIONS}|{_OTHERS})s?\b[^:\n]{{0,20}}:)", re.I | re.M)
+_CUE = re.compile(r"(?=.{0,999}\Z)\W*\w+(?:\W+\w+){0,4}\W*:\W*", re.S)  # "### Response:", "Answer:"
 
 
 def _units(text: str) -> list[str]:

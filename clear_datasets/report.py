@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets.decide import Failed, threshold
+from clear_datasets.files import write_text
 from clear_datasets.formats import Format, FormatError, infer_rows
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def report(
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     )
-    Path(out).write_text(whole, encoding="utf-8")
+    write_text(Path(out), whole)
     return os.fspath(out)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clear_datasets import prompts
 from clear_datasets.engines import Engine, PromptError
 from clear_datasets.engines.cache import Cached
-from clear_datasets.engines.checkpoint import after_fork, best_device, commit_of, stamp
+from clear_datasets.engines.checkpoint import after_fork, best_device, commit_of, loading, stamp
 
 Pairs = Sequence[tuple[str, str]]
 Scores = npt.NDArray[np.float32]
@@ -270,9 +270,11 @@ class _Encoder:
 def _loaded(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
-    loaded = getattr(transformers, auto).from_pretrained(model, revision=revision, trust_remote_code=False)
-    return _Encoder(loaded.to(device or best_device()).eval(), tokenizer)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    with loading(model):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **options)
+        loaded = getattr(transformers, auto).from_pretrained(model, **options)
+        return _Encoder(loaded.to(device or best_device()).eval(), tokenizer)
 
 
 if hasattr(os, "register_at_fork"):

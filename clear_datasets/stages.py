@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from glob import escape
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.confidence import BSDetector
+from clear_datasets.files import write
 from clear_datasets.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class Stages:
                         step, batched=True, batch_size=None, remove_columns=rows.column_names, keep_in_memory=True,
                         load_from_cache_file=False, new_fingerprint=mark,
                     )  # fmt: skip
-                    unfinished = file.with_suffix(f".part{os.getpid()}")
-                    added.to_parquet(str(unfinished))
-                    unfinished.rename(file)
+                    write(added, file)
                 files.append(file)
                 advance(end - start, start in known)
         added = Dataset.from_parquet([escape(str(file)) for file in files])

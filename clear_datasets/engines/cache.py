@@ -19,7 +19,7 @@ import numpy.typing as npt
 from clear_datasets.engines import KINDS, Answers, Asks, Engine, Kind, PromptError, Queued
 from clear_datasets.engines.store import Store
 
-ASKING_REVISION = 1  # raised whenever an engine makes other tokens of equal messages
+ASKING_REVISION = 2  # raised whenever an engine makes other tokens of equal messages
 _WINDOW, _SECONDS = 256, 2.0  # answers, or seconds, after which what is known is written
 _CUT = {None: b"?", False: b".", True: b"/"}  # first byte of a sample: whether it is cut off
 _FLAGS = {byte: flag for flag, byte in _CUT.items()}

@@ -16,29 +16,45 @@ _ANSWERING = {"add_generation_prompt": True, "enable_thinking": False}
 class Chats:
     """A tokenizer, and what the model says of its own tokens.
 
+    No text of a row can end its turn and speak for somebody else by writing a token of the chat template, like
+    "<|im_end|>": a prompt gets a space behind its first character, a response is encoded as the characters that it has.
+    Two limits: a template whose turns are marked by plain words ("[INST]", or "Assistant:" where there is no template)
+    cannot tell them from those of a row, and a server (`OpenAI`) reads texts by its own rules.
+
     Attributes:
         tokenizer: Of `transformers`.
         limit: Tokens of prompt and answer together.
         ends: Tokens that end an answer.
         end: The one of them that ends an answer in the chat template.
+        marks: Tokens that no text of the data may become, by id: special ones, and those of the chat template.
     """
 
     tokenizer: Any
     limit: int
     ends: frozenset[int]
     end: int
+    marks: dict[int, str]
 
     @classmethod
     def of(cls, tokenizer: Any, limit: int, stated: int | list[int] | None) -> Chats:
         """The chats of a tokenizer, and of the ``eos_token_id`` that the model's generation config states."""
         every = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
         ends = frozenset(int(e) for e in every if e is not None)
-        return cls(tokenizer, limit, ends, _end_of_turn(tokenizer, ends))
+        return cls(tokenizer, limit, ends, _end_of_turn(tokenizer, ends), _marks(tokenizer))
 
     def response(self, text: str) -> list[int]:
         """Token ids of an answer and its end."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return [*ids, self.end]
+        for options in ({}, {"split_special_tokens": True}):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, **options)
+            if self.marks.keys().isdisjoint(ids):
+                return [*ids, self.end]
+        return [*self.tokenizer.encode(self._plain(text), add_special_tokens=False), self.end]
+
+    def _plain(self, text: str) -> str:
+        for mark in self.marks.values():
+            if mark in text:
+                text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+        return text
 
     def encode(self, prompts: Sequence[Messages], reserve: Sequence[int]) -> list[list[int]]:
         """Token ids of each prompt, up to where the answer begins; `reserve` tokens each are kept free for it.
@@ -50,7 +66,7 @@ class Chats:
         reasons: dict[int, str] = {}
         for position, prompt in enumerate(prompts):
             try:
-                texts.append(render(self.tokenizer, prompt))
+                texts.append(render(self.tokenizer, [{**m, "content": self._plain(m["content"])} for m in prompt]))
             except Exception as error:  # templates raise what they like: jinja2 errors, TypeError, ...
                 reasons[position] = f"the chat template refuses this prompt: {error}"
                 texts.append("")
@@ -92,6 +108,18 @@ def without_system(messages: Messages) -> list[dict[str, str]]:
     """
     first = {**messages[1], "content": messages[0]["content"] + "\n\n" + messages[1]["content"]}
     return [first, *messages[2:]]
+
+
+def _marks(tokenizer: Any) -> dict[int, str]:
+    """Special tokens, and those with which the chat template begins and ends turns: not all of these are special."""
+    chat = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        shape = tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False)) if tokenizer.chat_template else []
+    except Exception:  # as above; its special tokens are known all the same
+        shape = []
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marks = {i: t.content for i, t in added.items() if t.special or i in shape}
+    return {i: text for i, text in marks.items() if len(text.strip()) > 1}  # a line break is no mark
 
 
 def _end_of_turn(tokenizer: Any, ends: frozenset[int]) -> int:

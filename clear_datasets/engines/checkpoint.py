@@ -8,12 +8,14 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clear_datasets.engines import hint_at_ranks
+from clear_datasets.engines import EngineError, hint_at_ranks
 from clear_datasets.engines.chats import Chats
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOADED: dict[Transformers, Checkpoint] = {}
 _PARENT_HAD_TORCH: list[bool] = []  # not empty in a process that was forked from one with torch
+
+_SHORT = ("out of memory", "allocate memory", "not enough memory", "can't start new thread")
 
 
 def _after_fork() -> None:
@@ -59,8 +63,32 @@ def load(config: Transformers) -> Checkpoint:
     """The checkpoint of an engine's configuration, loaded at the first call in this process."""
     after_fork()
     if config not in _LOADED:
-        _LOADED[config] = _load(config)
+        with loading(config.model):
+            _LOADED[config] = _load(config)
     return _LOADED[config]
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """Whatever goes wrong while a model is loaded ends in an `EngineError` of one line: it goes wrong in many ways."""
+    try:
+        yield
+    except (EngineError, ImportError):  # they say how to mend it
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if short_of_memory(error):
+            mend = "there is too little memory for it: free some, or take a smaller model"
+        elif os.path.exists(model):
+            mend = "is the folder a whole checkpoint, with all of its files as they were saved?"
+        else:
+            mend = "expected a folder that is there, or the id of a Hub model that you have access to (HF_TOKEN)"
+        raise EngineError(f"cannot load the model {model}: {reason[:400].removesuffix('.')}; {mend}") from error
+
+
+def short_of_memory(error: Exception) -> bool:
+    """Whether an error is for want of memory: of the device, of this machine, or of what a process may have."""
+    return isinstance(error, MemoryError) or any(piece in str(error).lower() for piece in _SHORT)
 
 
 def unload(config: Transformers | None = None) -> None:
@@ -83,7 +111,9 @@ def _load(config: Transformers) -> Checkpoint:
         hint_at_ranks()
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else fast_dtype(device)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):  # which would be drawn at random
+        raise ValueError(f"the checkpoint lacks {len(missing)} of its weights, among them {missing[0]}")
     if config.adapter:
         model = _peft().PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
     try:

@@ -73,13 +73,13 @@ class Database:
         try:
             return work()
         except (sqlite3.OperationalError, OSError) as error:
-            self._say(
+            self.say(
                 f"cannot use the cache of answers, {self.path} ({error}): what is asked now is kept in memory alone, "
                 "and asked again by the next run; Clear(cache=FOLDER) or CLEAR_CACHE names another place"
             )
         except sqlite3.DatabaseError as error:
             if broken is None:
-                self._say(f"cannot use the cache of answers, {self.path} ({error})")
+                self.say(f"cannot use the cache of answers, {self.path} ({error})")
             else:
                 broken.append(str(error))
         return None
@@ -123,7 +123,7 @@ class Database:
         """Rename a broken file, and begin a new one."""
         self.close()
         if self.read_only:
-            self._say(f"cannot use the cache of answers, {self.path}: it is read-only, and {wrong}")
+            self.say(f"cannot use the cache of answers, {self.path}: it is read-only, and {wrong}")
             return
         self._trying(lambda: self._rename(wrong), None)
         self._connection = self._trying(self._connect, None)
@@ -135,9 +135,10 @@ class Database:
             for end in ("-wal", "-shm"):  # else they would be taken for the new file's
                 with suppress(FileNotFoundError):
                     self.path.with_name(self.path.name + end).rename(aside.with_name(aside.name + end))
-            self._say(f"the cache of answers, {self.path}, cannot be used ({wrong}): it is set aside as {aside.name}")
+            self.say(f"the cache of answers, {self.path}, cannot be used ({wrong}): it is set aside as {aside.name}")
 
-    def _say(self, message: str) -> None:
+    def say(self, message: str) -> None:
+        """Warn, once."""
         if message not in self._said:
             self._said.add(message)
             warnings.warn(message, stacklevel=2)

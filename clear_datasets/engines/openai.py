@@ -8,7 +8,8 @@ import re
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -188,6 +189,7 @@ class OpenAI(Queued):
         used = {feature for feature, wanted in features.items() if wanted} - server.lacks
         unsure = sorted(used - server.has)
         refusals: list[openai.APIStatusError] = []
+        client = self._client()
         for without in ([], *([each] for each in unsure), *([unsure] if len(unsure) > 1 else [])):
             taken = used - set(without)
             joined = system and "system" not in taken
@@ -197,7 +199,10 @@ class OpenAI(Queued):
             if "thinking" in taken:  # a model that thinks first would say neither a label nor an answer
                 request["extra_body"] = {"chat_template_kwargs": {"enable_thinking": False}}
             try:
-                reply = await self._client().chat.completions.create(model=self.model, **request)
+                with self._understanding():
+                    reply = await client.chat.completions.create(model=self.model, **request)
+                    if not reply.choices:
+                        raise EngineError(f"{self._where} gave a reply without any answer")
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refusals.append(error)
             else:
@@ -212,9 +217,8 @@ class OpenAI(Queued):
         while len(texts) < n:  # some servers give one answer a request, whatever n is
             settings = {self._limit: limit, "n": n - len(texts), "temperature": temperature, "top_p": 1.0}
             reply = await self._ask(prompt, settings)
-            if not reply.choices:
-                raise EngineError(f"{self._where} gave a reply without any answer")
-            texts += [((c.message.content or "").strip(), c.finish_reason == "length") for c in reply.choices]
+            with self._understanding():
+                texts += [(_said(c.message.content), c.finish_reason == "length") for c in reply.choices]
         return texts[:n]
 
     async def _weigh(self, prompt: Messages, labels: Sequence[str]) -> list[float]:
@@ -226,10 +230,11 @@ class OpenAI(Queued):
         if "logprobs" not in server.lacks:
             try:
                 reply = await self._ask(prompt, settings)
-                given = reply.choices[0].logprobs if reply.choices else None
-                if given is not None:  # without content, the model refused to answer
-                    top = given.content[0].top_logprobs if given.content else []
-                    return _shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
+                with self._understanding():
+                    given = reply.choices[0].logprobs
+                    if given is not None:  # without content, the model refused to answer
+                        top = given.content[0].top_logprobs if given.content else []
+                        return _shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if "logprobs" not in str(error):
                     raise
@@ -241,6 +246,17 @@ class OpenAI(Queued):
         texts = await self._write(prompt, _COUNTED, 1.0, 8)
         said = Counter(text.lstrip(" \n*\"'(") for text, _ in texts)
         return _shares({text: count / _COUNTED for text, count in said.items()}, labels, whole=False)
+
+    @contextmanager
+    def _understanding(self) -> Iterator[None]:
+        """What is no chat completion, but a page of a proxy, say, ends in a clear error."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"{self._where} gave a reply that is no chat completion ({type(error).__name__}: {str(error)[:100]}): "
+                "is the address right, up to /v1, and does a server of chat completions stand behind it?"
+            ) from None
 
     @property
     def _own(self) -> bool:
@@ -284,9 +300,7 @@ class OpenAI(Queued):
                 f"{self._where} gave no answer within the deadline of {self.deadline:.0f} s: is it up, and fast enough?"
             )
         if isinstance(error, openai.APIError):
-            return EngineError(
-                f"{self._where} fails for {self.model}: {self._message(error)}; answers so far are kept in this process"
-            )
+            return EngineError(f"{self._where} fails for {self.model}: {self._message(error)}; answers so far are kept")
         return error
 
     def _message(self, error: Any) -> str:
@@ -305,6 +319,11 @@ def _check_address(address: str, name: str) -> None:
         f"{name} is {shown!r}; expected http:// or https://, a host and a path, without a user, a password or a query, "
         "as it is printed and kept: give the key as api_key= or OPENAI_API_KEY"
     )
+
+
+def _said(content: str | None) -> str:
+    """The text of an answer; half a surrogate pair, which JSON can hold, is in no column and no tokenizer."""
+    return (content or "").strip().encode(errors="replace").decode()
 
 
 def _shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) -> list[float]:

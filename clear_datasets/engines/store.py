@@ -101,6 +101,10 @@ class Store:
                 self._waiting.setdefault(key, {})[number] = value
             if self._waiting and not self.database.read_only:
                 self.database.run(self._write)
+            elif self._waiting:
+                self.database.say(
+                    f"the cache of answers, {self.path}, is read-only: what is asked now is not kept in it"
+                )
             for key in list(self._waiting)[:-_HELD]:
                 del self._waiting[key]
 

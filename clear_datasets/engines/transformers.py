@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, Queued
-from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, commit_of, load, stamp, unload
+from clear_datasets.engines import Answers, Asks, EngineError, Queued
+from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, commit_of, load, short_of_memory, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
 
@@ -76,6 +76,17 @@ class Transformers(Queued):
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: one queue, so that all that is asked about a row shares its beginning."""
         checkpoint = load(self)
+        try:
+            return self._answer(asks, checkpoint)
+        except (MemoryError, RuntimeError) as error:
+            if not short_of_memory(error):
+                raise
+            raise EngineError(
+                f"there is too little memory for one request to {self.model}: free some, shorten the longest rows, or "
+                "take a smaller model; what was answered is kept"
+            ) from error
+
+    def _answer(self, asks: Asks, checkpoint: Checkpoint) -> Answers:
         requests, known = plan(asks, checkpoint.chats)
         masses = known.empty(len(asks.choose))
         read = [np.empty(0, np.float32) for _ in asks.read]

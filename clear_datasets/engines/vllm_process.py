@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import EngineError, hint_at_ranks
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import source_of, stated_ends
+from clear_datasets.engines.checkpoint import loading, source_of, stated_ends
 from clear_datasets.engines.guard import Guard
 from clear_datasets.engines.planning import Request
 
@@ -51,9 +51,10 @@ class Loaded:
         self.llm: Any = None
         self.guard = Guard()
         try:
-            with self.guard.watching():
-                self.llm = vllm.LLM(source, **options)
-            self._describe(source, options)
+            with loading(config.model):
+                with self.guard.watching():
+                    self.llm = vllm.LLM(source, **options)
+                self._describe(source, options)
         except BaseException:
             self.close()
             raise

@@ -26,7 +26,7 @@ pytest.importorskip("openai")
 
 from clear_datasets.engines.openai import OpenAI
 
-Reply = tuple[int, dict[str, Any], dict[str, str]]
+Reply = tuple[int, Any, dict[str, str]]
 
 
 class Server:
@@ -51,12 +51,13 @@ class Server:
                 status, answer, headers = outer.reply(body)
                 with outer.lock:
                     outer.under_way -= 1
-                data = json.dumps(answer).encode()
+                data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
+                self.close_connection = "Content-Length" in headers  # half a body
 
             def log_message(self, *args: Any) -> None:
                 pass

@@ -77,6 +77,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.lock = folder, threading.RLock()
         self.repos: dict[str, Repo] = {}
+        self.gated: set[str] = set()  # models, of which there are no others
         self.faults: list[Fault] = []
         self.seen: list[tuple[str, str]] = []
         self.uploads: list[str] = []
@@ -124,6 +125,9 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/datasets/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/([0-9a-f]{64})", "upload"),
         ("POST", r"/lfs/verify", "verify"),
+        ("GET", r"/api/models/([^/]+/[^/]+)(?:/.*)?", "model"),
+        ("GET", r"/([^/]+/[^/]+)/resolve/.*", "model"),
+        ("HEAD", r"/([^/]+/[^/]+)/resolve/.*", "model"),
         ("GET", r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         ("HEAD", r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
@@ -193,6 +197,12 @@ class Handler(BaseHTTPRequestHandler):
             self._send({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
             return None
         return repo, sha
+
+    def model(self, name: str) -> None:
+        gated = name in self.server.gated
+        error = f"Access to model {name} is restricted." if gated else "Repository not found"
+        code = "GatedRepo" if gated else "RepoNotFound"  # the real one has 401 for both, where there is no token
+        self._send({"error": error}, 401, {"X-Error-Code": code, "X-Error-Message": error})
 
     def whoami(self) -> None:
         self._send({"type": "user", "name": "me", "orgs": []})
