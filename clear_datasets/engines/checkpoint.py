@@ -73,7 +73,7 @@ def loading(model: str) -> Iterator[None]:
     """Whatever goes wrong while a model is loaded ends in an `EngineError` of one line: it goes wrong in many ways."""
     try:
         yield
-    except (EngineError, ImportError):  # they say how to mend it
+    except (EngineError, ImportError, FileNotFoundError):  # they say how to mend it
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

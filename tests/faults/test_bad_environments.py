@@ -198,8 +198,8 @@ def test_a_read_only_cache_answers_what_it_knows(tmp_path, asked):
             found = replace(clear, cache=seen).score(ROWS)
         assert asked == {"samples": 75, "labels": 30, "texts": 30}
         same({n: v[:5] for n, v in found.items()}, first)
-        close_stores()
     finally:
+        close_stores()
         subprocess.run(["umount", str(seen)], check=False)
 
 
@@ -212,6 +212,7 @@ def test_a_read_only_folder_without_a_cache(tmp_path, asked):
             found = Clear(engine=Counting(), cache=tmp_path / "seen" / "answers").score(ROWS)
         assert not any(found["clear_error"])
     finally:
+        close_stores()
         subprocess.run(["umount", str(tmp_path / "seen")], check=False)
 
 
