@@ -332,3 +332,11 @@ def test_help_has_examples():
         done = run(*command, "--help")
         assert done.returncode == 0
         assert "clear-datasets curate" in done.stdout
+
+
+def test_answers_are_kept_unless_that_is_not_wanted(source, tiny, tmp_path, answers):
+    for number, option in enumerate(("--no-cache", "--cache")):
+        out = tmp_path / str(number) / "scored.jsonl"  # with stages of its own
+        done = run("score", source, "-o", out, "--model", tiny, "--samples", "2", option)
+        assert done.returncode == 0, done.stderr
+        assert bool(list(answers.iterdir())) == (option == "--cache")

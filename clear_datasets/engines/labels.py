@@ -1,7 +1,8 @@
-"""Label probabilities from next-token probabilities, over every way a tokenizer spells a label."""
+"""Label probabilities from next-token probabilities, over every way a tokenizer spells a label, or from texts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,3 +58,22 @@ class Labels:
         mass = totals.sum(axis=1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(mass >= _MIN_MASS, totals / mass, np.nan).astype(np.float32)
+
+
+def shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) -> list[float]:
+    """Probabilities of labels out of those of tokens (whole) or of texts that begin with a label, renormalised."""
+    totals = dict.fromkeys(labels, 0.0)
+    for text, probability in found.items():
+        said = text.strip()
+        owners = [label for label in labels if (label.startswith(said) if whole else _begins(said, label))]
+        exact = [label for label in owners if label == said]
+        if said and len(exact or owners) == 1:  # a token that begins several labels tells nothing
+            totals[(exact or owners)[0]] += probability
+        elif owners and not whole:
+            totals[max(owners, key=len)] += probability
+    mass = sum(totals.values())
+    return [total / mass if mass >= _MIN_MASS else float("nan") for total in totals.values()]
+
+
+def _begins(text: str, label: str) -> bool:
+    return re.match(re.escape(label) + r"(?!\w)", text) is not None  # "Answer: B" does not say "A"

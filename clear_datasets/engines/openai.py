@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, EngineError, Messages, PromptError, Queued
 from clear_datasets.engines.chats import without_system
+from clear_datasets.engines.labels import shares
 
 _TOP = 20  # log-probabilities that servers give at most
-_MIN_MASS = 0.01  # labels that together hold less were not what the model wanted to say
 _COUNTED = 20  # answers that a label's probability is counted from, where there are no log-probabilities
 _REFUSED = (400, 413, 422)  # by which a server says that one prompt cannot be answered
 _ALL = 20  # so many requests refused with the same words: it is not the prompts
@@ -234,7 +234,7 @@ class OpenAI(Queued):
                     given = reply.choices[0].logprobs
                     if given is not None:  # without content, the model refused to answer
                         top = given.content[0].top_logprobs if given.content else []
-                        return _shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
+                        return shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if "logprobs" not in str(error):
                     raise
@@ -245,7 +245,7 @@ class OpenAI(Queued):
                 )
         texts = await self._write(prompt, _COUNTED, 1.0, 8)
         said = Counter(text.lstrip(" \n*\"'(") for text, _ in texts)
-        return _shares({text: count / _COUNTED for text, count in said.items()}, labels, whole=False)
+        return shares({text: count / _COUNTED for text, count in said.items()}, labels, whole=False)
 
     @contextmanager
     def _understanding(self) -> Iterator[None]:
@@ -324,25 +324,6 @@ def _check_address(address: str, name: str) -> None:
 def _said(content: str | None) -> str:
     """The text of an answer; half a surrogate pair, which JSON can hold, is in no column and no tokenizer."""
     return (content or "").strip().encode(errors="replace").decode()
-
-
-def _shares(found: dict[str, float], labels: Sequence[str], whole: bool = True) -> list[float]:
-    """Probabilities of labels out of those of tokens (whole) or of texts that begin with a label, renormalised."""
-    totals = dict.fromkeys(labels, 0.0)
-    for text, probability in found.items():
-        said = text.strip()
-        owners = [label for label in labels if (label.startswith(said) if whole else _begins(said, label))]
-        exact = [label for label in owners if label == said]
-        if said and len(exact or owners) == 1:  # a token that begins several labels tells nothing
-            totals[(exact or owners)[0]] += probability
-        elif owners and not whole:
-            totals[max(owners, key=len)] += probability
-    mass = sum(totals.values())
-    return [total / mass if mass >= _MIN_MASS else float("nan") for total in totals.values()]
-
-
-def _begins(text: str, label: str) -> bool:
-    return re.match(re.escape(label) + r"(?!\w)", text) is not None  # "Answer: B" does not say "A"
 
 
 def _wait(job: Coroutine[Any, Any, T]) -> T:
