@@ -188,7 +188,9 @@ def clear_errors(code: int = 1) -> Iterator[None]:
     from clear_datasets.engines import EngineError
 
     disable_progress_bars()
-    logging.getLogger("clear_datasets").setLevel(logging.ERROR)  # what it would say of an interrupt is said below
+    log = logging.getLogger("clear_datasets")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it would say of an interrupt is said below, of known answers by the progress
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for trl's authors
     try:
         yield
@@ -198,6 +200,8 @@ def clear_errors(code: int = 1) -> Iterator[None]:
         fail(str(error) or type(error).__name__, code)
     except KeyboardInterrupt:
         fail("interrupted; what was answered is kept, and the same command goes on from there", 130)
+    finally:
+        log.setLevel(level)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -27,7 +27,7 @@ def test_killed_runs_lose_nothing(options, tmp_path):
     [found] = json.loads(out.read_text())
     assert found["rows lost"] == 0
     assert found["rows that differ by more than .00001"] == 0
-    assert 0 < found["asked twice"] <= found["at most"]
+    assert found["asked twice"] <= found["at most"]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
