@@ -15,8 +15,8 @@ from datasets import Dataset
 
 import clear_datasets
 from clear_datasets import NLI, Clear
-from clear_datasets.engines.checkpoint import unload
 from clear_datasets.engines import EngineError
+from clear_datasets.engines.checkpoint import unload
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.estimate import estimate
 
