@@ -108,38 +108,41 @@ def bracket(
         raise ValueError(f"keep is {keep}, the share of rows to keep; expected a number from 0 to 1")
     splits: list[Any] = list(ds.values()) if isinstance(ds, Mapping) else [ds]
     found = [_values(split, column) if hasattr(split, "__len__") else _read(split, column) for split in splits]
-    scores, least, most = np.concatenate(found, axis=1)
-    known = ~np.isnan(scores)
-    least, most, size = least[known], most[known], int(known.sum())
+    width = max(len(values) for values in found)
+    whole = np.concatenate([np.broadcast_to(values, (width, values.shape[1])) for values in found], axis=1)
+    whole = whole[:, ~np.isnan(whole[0])]
+    least, most = whole[1:] if width > 1 else (whole[0], whole[0])
+    size = whole.shape[1]
     if not size:
         return Bracket(math.nan, math.nan, 0, 0)
     kept = round(keep * size)
-    low, high = np.sort(least)[max(size - kept - 1, 0)], np.sort(most)[min(size - kept, size - 1)]
+    below, over = max(size - kept - 1, 0), min(size - kept, size - 1)
+    low, high = np.partition(least, below)[below], np.partition(most, over)[over]
     unsure = (least < most) & (least <= high) & (most >= low)
     return Bracket(float(low), float(high), int(unsure.sum()), size)
 
 
 def _values(split: Dataset, column: str) -> npt.NDArray[np.float64]:
     names = _names(column, split.column_names)
-    table = split.select_columns(list(dict.fromkeys(names))).with_format("arrow")[:]
+    table = split.select_columns(names).with_format("arrow")[:]
     return np.stack([np.asarray(table[name].to_numpy(), dtype=np.float64) for name in names])
 
 
 def _read(stream: Iterable[Mapping[str, Any]], column: str) -> npt.NDArray[np.float64]:
     values: dict[str, array[float]] = {}
-    names: tuple[str, str, str] = (column,) * 3
+    names = [column]
     for row in stream:
         names = _names(column, row)
-        for name in set(names):
+        for name in names:
             values.setdefault(name, array("d")).append(np.nan if row[name] is None else row[name])
     return np.stack([np.asarray(values.get(name, ()), dtype=np.float64) for name in names])
 
 
-def _names(column: str, columns: Collection[str]) -> tuple[str, str, str]:
-    """The columns of the score, and of the least and the most that it may be: itself, but for adaptive sampling."""
+def _names(column: str, columns: Collection[str]) -> list[str]:
+    """The column of the score, and after adaptive sampling those of the least and the most that it may be."""
     if column not in columns:
         raise ValueError(_MISSING.format(column, ", ".join(map(repr, columns))))
-    return (column, *BOUNDS) if column == "clear_confidence" and BOUNDS[0] in columns else (column,) * 3
+    return [column, *BOUNDS] if column == "clear_confidence" and BOUNDS[0] in columns else [column]
 
 
 _MISSING = "no column {!r} among {}: run ds = ds.map(clear.score, batched=True) first"

@@ -123,17 +123,19 @@ class Clear:
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
-        examples, errors = self._read(Batch(batch))
+        columns = Batch(batch)
+        examples, errors = self._read(columns)
         sound = [i for i, example in enumerate(examples) if example is not None]
         estimator = self.confidence
         if self.adaptive and self.gamma is not None:
             estimator = Adaptive(estimator, self.gamma, self.gamma)  # type: ignore[arg-type]  # it checks that
-        names = (*_COLUMNS, *BOUNDS) if isinstance(estimator, Adaptive) else _COLUMNS
+        bounded = isinstance(estimator, Adaptive) or BOUNDS[0] in columns  # those of an earlier run are of no use now
+        names = (*_COLUMNS, *BOUNDS) if bounded else _COLUMNS
         scores = {name: np.full(len(errors), np.nan, dtype=np.float32) for name in names}
         if sound:
             found = estimator([e for e in examples if e is not None], self._base(rank))
             for name in names:
-                scores[name][sound] = getattr(found, name.removeprefix("clear_"))
+                scores[name][sound] = getattr(found, name.removeprefix("clear_"), found.confidence)
             for i, error in zip(sound, found.errors, strict=True):
                 errors[i] = error
         added = {**scores, "clear_error": errors}

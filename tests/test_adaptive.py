@@ -215,6 +215,9 @@ def test_a_threshold_that_rows_are_not_known_well_enough_for_is_refused(asked):
     with pytest.raises(ValueError, match="adaptive sampling stopped a row that may lie on either side"):
         scored.map(decide(middle), batched=True)
     assert len(scored.filter(above(0.99))) == 0
+    again = scored.map(replace(clear, adaptive=False).score, batched=True)
+    assert again["clear_least"][:] == again["clear_confidence"][:] == again["clear_most"][:]
+    assert len(again.filter(above(threshold(again)))) == 10
 
 
 @pytest.mark.parametrize("form", ["direct", "reasoned"])
