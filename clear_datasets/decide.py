@@ -111,7 +111,7 @@ def bracket(
     width = max(len(values) for values in found)
     whole = np.concatenate([np.broadcast_to(values, (width, values.shape[1])) for values in found], axis=1)
     whole = whole[:, ~np.isnan(whole[0])]
-    least, most = whole[1:] if width > 1 else (whole[0], whole[0])
+    least, most = whole[min(1, width - 1)], whole[-1]  # of one column alone, itself
     size = whole.shape[1]
     if not size:
         return Bracket(math.nan, math.nan, 0, 0)
