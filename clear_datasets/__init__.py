@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from clear_datasets.adaptive import score_to_keep
 from clear_datasets.apply import curated, restore
 from clear_datasets.calibrate import calibrate
 from clear_datasets.confidence import BSDetector
@@ -46,6 +47,7 @@ __all__ = [
     "report",
     "restore",
     "score",
+    "score_to_keep",
     "threshold",
 ]
 

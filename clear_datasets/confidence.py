@@ -33,6 +33,7 @@ class Confidence:
         errors: Why an example has no confidence; "" where it has one.
         similarity: float32 [examples], the part of consistency that comes from the samples, s; nan where not asked for.
         agreement: float32 [examples], its other part, r; nan where not asked for.
+        compared: int32 [examples], how many samples could be compared with the response.
     """
 
     confidence: Scores
@@ -41,6 +42,7 @@ class Confidence:
     errors: list[str]
     similarity: Scores
     agreement: Scores
+    compared: npt.NDArray[np.int32]
 
     @classmethod
     def of(cls, confidence: npt.ArrayLike, errors: Sequence[str]) -> Confidence:
@@ -57,7 +59,7 @@ class Confidence:
         scores, none = np.asarray(confidence, dtype=np.float32), np.full(len(errors), np.nan, dtype=np.float32)
         if scores.shape != none.shape:
             raise ValueError(f"scores of shape {scores.shape} for {len(errors)} examples; expected one for each")
-        return cls(scores, none, none, list(errors), none, none)
+        return cls(scores, none, none, list(errors), none, none, np.zeros(len(errors), dtype=np.int32))
 
 
 class Estimator(Protocol):
@@ -197,7 +199,7 @@ class BSDetector:
         """
         run = _Run(self, examples, engine)
         first = run.ask(run.questions)
-        consistency, similarity, agreement = run.consistency(first)
+        consistency, similarity, agreement, compared = run.consistency(first)
         reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
         parts = [(self.beta, consistency), (1 - self.beta, reflection)]  # a part without weight is not asked for
         total = sum((np.float32(w) * part for w, part in parts if w), np.zeros(len(examples), dtype=np.float32))
@@ -209,7 +211,7 @@ class BSDetector:
                 if i in first and any(np.isnan(x).any() for x in first[i].read)
                 else "the similarity cannot compare the response with the model's own answers"
             )
-        return Confidence(total, consistency, reflection, run.errors, similarity, agreement)
+        return Confidence(total, consistency, reflection, run.errors, similarity, agreement, compared)
 
 
 class _Run:
@@ -263,12 +265,13 @@ class _Run:
             scores[i] = (right + unsure / 2).mean()
         return scores
 
-    def consistency(self, first: dict[int, Answers]) -> tuple[Scores, Scores, Scores]:
-        """Alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row; and the two."""
+    def consistency(self, first: dict[int, Answers]) -> tuple[Scores, Scores, Scores, npt.NDArray[np.int32]]:
+        """Alpha * mean similarity to the samples + (1 - alpha) * agreement, for each row; the two; samples compared."""
         settings, size = self.settings, len(self.examples)
         scores, means, agreements = (np.full(size, np.nan, dtype=np.float32) for _ in range(3))
+        compared = np.zeros(size, dtype=np.int32)
         if settings.beta == 0:
-            return scores, means, agreements
+            return scores, means, agreements, compared
         responses = {i: self.examples[i].response for i in first}
         samples = {i: [prompts.answer_of(t, settings.samples) for a in answers.generated for t in a]
                    for i, answers in first.items()}  # fmt: skip
@@ -281,13 +284,13 @@ class _Run:
                 else float(np.mean([words(s) == words(responses[i]) for s in samples[i]]))
             )
             near = np.array([next(similar) for _ in samples[i]], dtype=np.float32)
-            agreements[i] = agreement
+            agreements[i], compared[i] = agreement, np.count_nonzero(~np.isnan(near))
             if not len(near):
                 scores[i] = agreement
-            elif not np.isnan(near).all():
+            elif compared[i]:
                 means[i] = np.nanmean(near)
                 scores[i] = settings.alpha * means[i] + (1 - settings.alpha) * agreement
-        return scores, means, agreements
+        return scores, means, agreements, compared
 
 
 def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:

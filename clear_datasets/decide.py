@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Failed = Literal["keep", "drop", "raise"]
 _FAILED = ("keep", "drop", "raise")
+BOUNDS = ("clear_least", "clear_most")
 
 
 def threshold(
@@ -39,7 +41,8 @@ def threshold(
         Gamma, for `above` and `decide`.
 
     Raises:
-        ValueError: `keep` is out of range, the column is not there, or no row has a score.
+        ValueError: `keep` is out of range, the column is not there, or no row has a score; or adaptive sampling stopped
+            rows that may lie on either side.
 
     Examples:
         >>> from datasets import Dataset
@@ -49,35 +52,97 @@ def threshold(
     References:
         Chen and Mueller 2024, arXiv 2403.12776 (Auto-Filter).
     """
+    between = bracket(ds, keep, column)
+    if not between.scored:
+        raise ValueError(f"none of the rows has a score in {column!r}; clear_error says why for each")
+    if between.unsure:
+        raise ValueError(
+            f"{between.unsure} rows that adaptive sampling stopped may lie on either side of this cut: "
+            f"ds = score_to_keep(ds, clear, keep={keep}) samples them further"
+        )
+    if round(keep * between.scored) == between.scored:
+        return float(np.nextafter(between.low, -np.inf))
+    return (between.low + between.high) / 2
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """What is known of a threshold before all samples are there.
+
+    Attributes:
+        low: The least that the higher of the rows below the threshold may have.
+        high: The most that the lowest of the rows above it may have.
+        unsure: How many rows are neither known to the end nor surely outside of ``[low, high]``.
+        scored: How many rows have a score.
+    """
+
+    low: float
+    high: float
+    unsure: int
+    scored: int
+
+
+def bracket(
+    ds: Dataset | DatasetDict | IterableDataset | IterableDatasetDict,
+    keep: float = 0.5,
+    column: str = "clear_confidence",
+) -> Bracket:
+    """Between what the two scores lie that `threshold` takes the middle of, whatever the samples that lack.
+
+    Proof: with rows in any order, ``least[i] <= score[i] <= most[i]``. To raise any of the scores lowers no order
+    statistic, so the p-th lowest score lies between the p-th lowest of the least and the p-th lowest of the most. Where
+    no row is unsure, both scores and all decisions are those of all samples, see `clear_datasets.adaptive`.
+
+    Args:
+        ds: A scored dataset, or a stream that is scored as it is read.
+        keep: Share of the scored rows to keep, in [0, 1].
+        column: Column of the confidence.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> bracket(Dataset.from_dict({"clear_confidence": [0.1, 0.5, 0.9], "clear_least": [0.0, 0.3, 0.8],
+        ...     "clear_most": [0.2, 0.6, 1.0]}), keep=0.4)
+        Bracket(low=0.3, high=1.0, unsure=2, scored=3)
+    """
     if not 0 <= keep <= 1:
         raise ValueError(f"keep is {keep}, the share of rows to keep; expected a number from 0 to 1")
     splits: list[Any] = list(ds.values()) if isinstance(ds, Mapping) else [ds]
-    values = [_values(split, column) if hasattr(split, "__len__") else _read(split, column) for split in splits]
-    scores = np.sort(np.concatenate(values))
-    scores = scores[~np.isnan(scores)]
-    if not len(scores):
-        raise ValueError(f"none of the rows has a score in {column!r}; clear_error says why for each")
-    kept = round(keep * len(scores))
-    if kept == len(scores):
-        return float(np.nextafter(scores[0], -np.inf))
-    above_cut = scores[len(scores) - kept] if kept else scores[-1]
-    return float((scores[len(scores) - kept - 1] + above_cut) / 2)
+    found = [_values(split, column) if hasattr(split, "__len__") else _read(split, column) for split in splits]
+    width = max(len(values) for values in found)
+    whole = np.concatenate([np.broadcast_to(values, (width, values.shape[1])) for values in found], axis=1)
+    whole = whole[:, ~np.isnan(whole[0])]
+    least, most = whole[min(1, width - 1)], whole[-1]  # of one column alone, itself
+    size = whole.shape[1]
+    if not size:
+        return Bracket(math.nan, math.nan, 0, 0)
+    kept = round(keep * size)
+    below, over = max(size - kept - 1, 0), min(size - kept, size - 1)
+    low, high = np.partition(least, below)[below], np.partition(most, over)[over]
+    unsure = (least < most) & (least <= high) & (most >= low)
+    return Bracket(float(low), float(high), int(unsure.sum()), size)
 
 
 def _values(split: Dataset, column: str) -> npt.NDArray[np.float64]:
-    if column not in split.column_names:
-        raise ValueError(_MISSING.format(column, ", ".join(map(repr, split.column_names))))
-    table = split.select_columns(column).with_format("arrow")[:]
-    return np.asarray(table[column].to_numpy(), dtype=np.float64)
+    names = _names(column, split.column_names)
+    table = split.select_columns(names).with_format("arrow")[:]
+    return np.stack([np.asarray(table[name].to_numpy(), dtype=np.float64) for name in names])
 
 
 def _read(stream: Iterable[Mapping[str, Any]], column: str) -> npt.NDArray[np.float64]:
-    values = array("d")
+    values: dict[str, array[float]] = {}
+    names = [column]
     for row in stream:
-        if column not in row:
-            raise ValueError(_MISSING.format(column, ", ".join(map(repr, row))))
-        values.append(np.nan if row[column] is None else row[column])
-    return np.asarray(values, dtype=np.float64)
+        names = _names(column, row)
+        for name in names:
+            values.setdefault(name, array("d")).append(np.nan if row[name] is None else row[name])
+    return np.stack([np.asarray(values.get(name, ()), dtype=np.float64) for name in names])
+
+
+def _names(column: str, columns: Collection[str]) -> list[str]:
+    """The column of the score, and after adaptive sampling those of the least and the most that it may be."""
+    if column not in columns:
+        raise ValueError(_MISSING.format(column, ", ".join(map(repr, columns))))
+    return [column, *BOUNDS] if column == "clear_confidence" and BOUNDS[0] in columns else [column]
 
 
 _MISSING = "no column {!r} among {}: run ds = ds.map(clear.score, batched=True) first"
@@ -87,7 +152,8 @@ _MISSING = "no column {!r} among {}: run ds = ds.map(clear.score, batched=True) 
 class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
     """A predicate for ``ds.filter``: whether a row's confidence is above gamma.
 
-    A row without a score is kept: nan means that nothing confident is known about it.
+    A row without a score is kept: nan means that nothing confident is known about it. One that adaptive sampling
+    stopped is refused where it may lie on either side of gamma.
 
     Args:
         gamma: The threshold; see `threshold`.
@@ -114,6 +180,13 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         if self.column not in row:
             raise ValueError(f"no column {self.column!r} in the row: run ds.map(clear.score, batched=True) first")
         value, error = row[self.column], row.get("clear_error")
+        if self.column == "clear_confidence" and BOUNDS[0] in row:
+            least, most = (np.asarray(row[name], dtype=np.float64) for name in BOUNDS)
+            if np.any((least <= self.gamma) & (self.gamma < most)):
+                raise ValueError(
+                    f"adaptive sampling stopped a row that may lie on either side of {self.gamma}: score with "
+                    f"Clear(gamma={self.gamma}, adaptive=True), which samples it further, or without adaptive"
+                )
         if not np.ndim(value):
             return self._keeps(value, error)
         return [self._keeps(v, e) for v, e in zip(value, [""] * len(value) if error is None else error, strict=True)]

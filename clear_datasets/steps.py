@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from clear_datasets.adaptive import Adaptive
 from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
 from clear_datasets.confidence import BSDetector, Estimator
+from clear_datasets.decide import BOUNDS
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.cache import cached
 from clear_datasets.engines.checkpoint import stamp
@@ -47,6 +48,8 @@ class Clear:
         preference: Which of two responses is better; by default `ByConfidence` with the estimator of `confidence`.
         writer: A LoRA adapter or a checkpoint that writes candidates; see `with_writer`.
         gamma: The confidence at or below which rows get a candidate; None for all.
+        adaptive: Whether `score` stops sampling a row once its decision at gamma is sure, where gamma is known; see
+            `score_to_keep` for one that is not known yet.
         cache: Folder of the answers that were paid for, which no run asks again: by default ``CLEAR_CACHE``, else
             ``clear_datasets/answers`` beside the Hub's own cache. False keeps none.
 
@@ -67,6 +70,7 @@ class Clear:
     preference: Preference | None = field(default=None, kw_only=True)
     writer: str | None = field(default=None, kw_only=True)
     gamma: float | None = field(default=None, kw_only=True)
+    adaptive: bool = field(default=False, kw_only=True)
     cache: bool | str | os.PathLike[str] | None = field(default=None, kw_only=True, compare=False)
     scores_revision: int = field(default=SCORES_REVISION, init=False, repr=False)
 
@@ -109,7 +113,8 @@ class Clear:
         Returns:
             The new columns, or the table with them where the dataset's format is Arrow: ``clear_confidence``,
             ``clear_consistency`` and ``clear_reflection``, float32 in [0, 1] or nan; ``clear_error``, why a row has no
-            score ("" where it has one).
+            score ("" where it has one). Of adaptive sampling also ``clear_least`` and ``clear_most``, what the
+            confidence may be after all samples.
 
         Raises:
             FormatError: The columns are not known; see `infer`.
@@ -118,15 +123,19 @@ class Clear:
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
-        examples, errors = self._read(Batch(batch))
+        columns = Batch(batch)
+        examples, errors = self._read(columns)
         sound = [i for i, example in enumerate(examples) if example is not None]
-        scores: dict[str, npt.NDArray[np.float32]] = {
-            c: np.full(len(errors), np.nan, dtype=np.float32) for c in _COLUMNS
-        }
+        estimator = self.confidence
+        if self.adaptive and self.gamma is not None:
+            estimator = Adaptive(estimator, self.gamma, self.gamma)  # type: ignore[arg-type]  # it checks that
+        bounded = isinstance(estimator, Adaptive) or BOUNDS[0] in columns  # those of an earlier run are of no use now
+        names = (*_COLUMNS, *BOUNDS) if bounded else _COLUMNS
+        scores = {name: np.full(len(errors), np.nan, dtype=np.float32) for name in names}
         if sound:
-            found = self.confidence([e for e in examples if e is not None], self._base(rank))
-            for name, values in zip(_COLUMNS, (found.confidence, found.consistency, found.reflection), strict=True):
-                scores[name][sound] = values
+            found = estimator([e for e in examples if e is not None], self._base(rank))
+            for name in names:
+                scores[name][sound] = getattr(found, name.removeprefix("clear_"), found.confidence)
             for i, error in zip(sound, found.errors, strict=True):
                 errors[i] = error
         added = {**scores, "clear_error": errors}
@@ -244,10 +253,14 @@ class Clear:
             base.with_writer(self.writer).close()
 
     @staticmethod
-    def features(features: Features) -> Features:
+    def features(features: Features, adaptive: bool = False) -> Features:
         """The schema that `score` leaves behind, for ``ds.map(clear.score, batched=True, features=...)``.
 
         Streams have no schema of their own after a map; with this they do.
+
+        Args:
+            features: Those of the rows.
+            adaptive: Whether the samples are adaptive.
 
         Examples:
             >>> from datasets import Features, Value
@@ -260,7 +273,8 @@ class Clear:
             raise ValueError(
                 "there are no features: this stream has no schema; give one, Features({...}), of its columns"
             )
-        return Features({**features, **{name: Value("float32") for name in _COLUMNS}, "clear_error": Value("string")})
+        added = {name: Value("float32") for name in ((*_COLUMNS, *BOUNDS) if adaptive else _COLUMNS)}
+        return Features({**features, **added, "clear_error": Value("string")})
 
     def _read(self, batch: Batch) -> tuple[list[Example | None], list[str]]:
         form = (self.format or infer_rows(batch)) if batch.size else None

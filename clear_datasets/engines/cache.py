@@ -83,6 +83,11 @@ class Cached(Queued):
     folder: str | None = None
 
     @property
+    def store(self) -> Store:
+        """Where the answers are."""
+        return store_of(self.folder)
+
+    @property
     def reads(self) -> bool:  # type: ignore[override]
         """See `Engine.reads`."""
         return self.engine.reads
@@ -107,7 +112,7 @@ class Cached(Queued):
 
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`: what is not known is asked, in one batch."""
-        store = store_of(self.folder)
+        store = self.store
         batch = _Batch(asks, self.identity, store)
         if batch.missing:
             with _Keeping(store, batch) as keeping:
@@ -130,7 +135,7 @@ class Cached(Queued):
             pairs: Texts.
             compare: Compares some of the pairs.
         """
-        store = store_of(self.folder)
+        store = self.store
         keys = [_key("similar", identity, list(pair)) for pair in pairs]
         known: dict[bytes, Any] = {key: _read(values[0])[0] for key, values in store.get(keys).items()}
         left = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
@@ -230,7 +235,8 @@ class _Batch:
         """All answers, in the order in which they were asked."""
         asks, of = self.asks, {kind: [self.values[i.key] for i in self.items if i.kind == kind] for kind in KINDS}
         times = 1 if asks.temperature > 0 else asks.n
-        drawn = [[values[n] for n in range(asks.n if times == 1 else 1)] * times for values in of["generate"]]
+        drawn = [[values[n] for n in range(first, asks.n if times == 1 else 1)] * times
+                 for values, first in zip(of["generate"], asks.firsts, strict=True)]  # fmt: skip
         knows = all(cut is not None for samples in drawn for _, cut in samples)
         chosen = np.array([values[0] for values in of["choose"]], dtype=np.float32)
         return Answers(
