@@ -83,7 +83,9 @@ def loading(model: str) -> Iterator[None]:
             mend = "is the folder a whole checkpoint, with all of its files as they were saved?"
         else:
             mend = "expected a folder that is there, or the id of a Hub model that you have access to (HF_TOKEN)"
-        raise EngineError(f"cannot load the model {model}: {reason[:400].removesuffix('.')}; {mend}") from error
+        if len(reason) > 600:  # what is wrong stands at the beginning, what to do about it at the end
+            reason = f"{reason[:300]} … {reason[-300:]}"
+        raise EngineError(f"cannot load the model {model}: {reason.removesuffix('.')}; {mend}") from error
 
 
 def short_of_memory(error: Exception) -> bool:

@@ -18,10 +18,10 @@ from tests.conftest import make_tiny
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("options", [("--kills", "4"), ("--kills", "2", "--num-proc", "2")], ids=" ".join)
+@pytest.mark.parametrize("options", [("--kills", "3"), ("--kills", "1", "--num-proc", "2")], ids=" ".join)
 def test_killed_runs_lose_nothing(options, tmp_path):
     out = tmp_path / "found.json"
-    command = [sys.executable, "scripts/fault_test.py", "--rows", "120", *options, "--out", str(out)]
+    command = [sys.executable, "scripts/fault_test.py", "--rows", "80", *options, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=420)
     assert done.returncode == 0, done.stderr[-3000:]
     [found] = json.loads(out.read_text())
