@@ -166,3 +166,14 @@ def test_the_docs_say_what_the_cache_costs():
     assert f"{ratio['median']:.3f} times as long ({ratio['least']:.3f} to {ratio['most']:.3f}" in shown
     assert f"{rate['looked up a second']:,} a second" in shown
     assert found["command"] in shown
+
+
+def test_the_docs_say_that_a_long_stream_takes_no_more_memory():
+    found = json.loads((ROOT / "docs" / "benchmarks" / "stream.json").read_text())
+    shown = (ROOT / "docs" / "reliability.md").read_text()
+    small, large = found["runs"]
+    assert (small["rows"], large["rows"]) == (10_000, 1_000_000)
+    assert large["anonymous_memory_mib"] <= 1.1 * small["anonymous_memory_mib"]
+    for piece in (f"{large['rows_per_second']:,} rows/s, {large['anonymous_memory_mib']} MiB", found["command"],
+                  f"{small['anonymous_memory_mib']} MiB with 10,000 rows"):  # fmt: skip
+        assert piece in shown
