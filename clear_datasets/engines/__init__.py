@@ -73,6 +73,11 @@ class Asks:
         return [self.n - first if self.temperature > 0 else 1 for first in self.firsts]
 
     @property
+    def times(self) -> int:
+        """How often each sample that is drawn stands in the answers."""
+        return 1 if self.temperature > 0 else self.n
+
+    @property
     def limits(self) -> list[int]:
         """`max_tokens` of each prompt to generate from."""
         limits = [self.max_tokens] * len(self.generate) if isinstance(self.max_tokens, int) else list(self.max_tokens)

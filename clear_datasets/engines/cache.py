@@ -234,8 +234,7 @@ class _Batch:
     def answers(self) -> Answers:
         """All answers, in the order in which they were asked."""
         asks, of = self.asks, {kind: [self.values[i.key] for i in self.items if i.kind == kind] for kind in KINDS}
-        times = 1 if asks.temperature > 0 else asks.n
-        drawn = [[values[n] for n in range(first, asks.n if times == 1 else 1)] * times
+        drawn = [[values[n] for n in range(first, asks.n // asks.times)] * asks.times
                  for values, first in zip(of["generate"], asks.firsts, strict=True)]  # fmt: skip
         knows = all(cut is not None for samples in drawn for _, cut in samples)
         chosen = np.array([values[0] for values in of["choose"]], dtype=np.float32)

@@ -123,18 +123,17 @@ class OpenAI(Queued):
             key = repr((prompt, draws, asks.temperature, limit))
             jobs.append((key, partial(self._write, prompt, draws, asks.temperature, limit)))
         jobs += [(repr((p, tuple(asks.labels))), partial(self._weigh, p, asks.labels)) for p in asks.choose]
-        times = asks.n if asks.temperature <= 0 else 1  # one was drawn for all
         size = len(asks.generate)
 
         def tell(position: int, result: Any) -> None:
             if position < size:
-                asks.tell("generate", position, tuple(zip(*result * times, strict=True)))
+                asks.tell("generate", position, tuple(zip(*result * asks.times, strict=True)))
             else:
                 asks.tell("choose", position - size, result)
 
         found = _wait(self._all(jobs, tell))
         chosen = np.array(found[size:], dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
-        written = [texts * times for texts in found[:size]]
+        written = [texts * asks.times for texts in found[:size]]
         cut = [[c for _, c in texts] for texts in written]
         return Answers([[text for text, _ in texts] for texts in written], chosen, read, cut)
 

@@ -187,10 +187,10 @@ class _Samples:
         unfinished = {draw.position for writing in waiting for draw in writing.draws}
         for position in [p for p in self.open if p not in unfinished]:
             draws = self.open.pop(position)
-            times = self.asks.n if self.asks.temperature <= 0 else 1  # one was drawn for all
-            texts = [self.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip() for draw in draws] * times
-            self.texts[position], self.cut[position] = texts, [len(d.tokens) == len(d.uniform) for d in draws] * times
-            self.asks.tell("generate", position, (texts, self.cut[position]))
+            texts = [self.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip() for draw in draws]
+            cut = [len(draw.tokens) == len(draw.uniform) for draw in draws]
+            self.texts[position], self.cut[position] = texts * self.asks.times, cut * self.asks.times
+            self.asks.tell("generate", position, (self.texts[position], self.cut[position]))
 
 
 def _logprobs(logits: torch.Tensor, said: list[int]) -> npt.NDArray[np.float32]:

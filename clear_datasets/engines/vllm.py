@@ -135,9 +135,8 @@ class VLLM(Queued):
                     asks.tell("choose", position, known.probabilities(masses[position : position + 1])[0])
             elif request.kind == "generate":
                 drawn = sorted(output.outputs, key=lambda o: o.index)
-                times = asks.n if asks.temperature <= 0 else 1  # one was drawn for all
-                generated[position] = [_text(loaded.chats, o.token_ids) for o in drawn] * times
-                cut[position] = [o.finish_reason == "length" for o in drawn] * times
+                generated[position] = [_text(loaded.chats, o.token_ids) for o in drawn] * asks.times
+                cut[position] = [o.finish_reason == "length" for o in drawn] * asks.times
                 asks.tell("generate", position, (generated[position], cut[position]))
             elif _unread(request, output):
                 again.append(request)
