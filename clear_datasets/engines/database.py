@@ -159,9 +159,11 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 def _what_is_wrong(connection: sqlite3.Connection) -> str:
     """Why a file is not ours; "" of one that is, or that is empty."""
+    connection.execute("BEGIN")  # one look at it: another process may be making its table at this moment
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    connection.execute("COMMIT")
     if not tables and not application:
         return ""
     if application != _APPLICATION:

@@ -331,6 +331,25 @@ def write_much(folder: Any, seed: int) -> int:
     return len(store.database._said)
 
 
+def begin_at_once(folder: Any, barrier: Any) -> None:
+    warnings.simplefilter("error")
+    for i in range(100):
+        barrier.wait(60)
+        Store(folder / str(i)).put([(b"key", 0, b"value")])
+
+
+def test_a_new_file_that_another_process_is_making_is_not_taken_for_a_foreign_one(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=begin_at_once, args=(tmp_path, barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert not list(tmp_path.glob("*/*aside*"))
+
+
 def test_many_processes_share_a_file(tmp_path):
     with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
         assert sum(pool.map(write_much, [tmp_path / "new"] * 8, range(8))) == 0
