@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets import prompts
+from clear_datasets.asking import ask
 from clear_datasets.confidence import BSDetector, Confidence, Scores
-from clear_datasets.decide import bracket
-from clear_datasets.engines import Engine
+from clear_datasets.decide import BOUNDS, Bracket, bracket_of, columns_of
+from clear_datasets.engines import Asks, Engine
 from clear_datasets.engines.cache import Cached
 from clear_datasets.engines.store import Item, Store
 from clear_datasets.formats import Example
@@ -25,18 +26,19 @@ if TYPE_CHECKING:
 
     D = TypeVar("D", bound=AnyDataset)
 
-ROUNDS = (1, 2, 3, 5)  # samples after which rows are looked at, before all k: the later, the less one of them tells
 _PARTS = ("confidence", "consistency", "reflection", "similarity", "agreement", "compared")
+NUMBERS = ("clear_confidence", *BOUNDS, "clear_drawn")  # what a pass goes by
 
 
 def rounds_of(k: int) -> tuple[int, ...]:
-    """Numbers of samples after which rows are looked at.
+    """Numbers of samples after which rows are looked at: three times, as each round reads the prompts anew.
 
     Examples:
-        >>> rounds_of(8), rounds_of(2)
-        ((1, 2, 3, 5, 8), (1, 2))
+        >>> rounds_of(8), rounds_of(5), rounds_of(2)
+        ((3, 6, 8), (2, 4, 5), (1, 2))
     """
-    return (*(r for r in ROUNDS if r < k), k)
+    step = math.ceil(k / 3)
+    return (*range(step, k, step), k)
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,26 @@ class Bounded(Confidence):
 
     Attributes:
         least: float32 [examples], no more than the confidence after all samples; that itself where all are drawn.
+            A row without a confidence that has bounds may get one.
         most: float32 [examples], no less.
-        drawn: int64 [examples], samples drawn.
+        drawn: int32 [examples], samples drawn.
     """
 
     least: Scores
     most: Scores
-    drawn: npt.NDArray[np.int64]
+    drawn: npt.NDArray[np.int32]
+
+    @classmethod
+    def earlier(cls, batch: Mapping[str, Any], rows: Sequence[int]) -> Bounded:
+        """What an earlier pass has left in the columns of a batch, of some rows: all but parts of consistency."""
+        numbers = {
+            name: np.asarray(batch[name], dtype=np.float32)[list(rows)]
+            for name in (*NUMBERS, "clear_consistency", "clear_reflection")
+        }
+        confidence, least, most, drawn, consistency, reflection = numbers.values()
+        found = Confidence.of(confidence, [batch["clear_error"][i] for i in rows])
+        parts = {**vars(found), "consistency": consistency, "reflection": reflection}
+        return cls(**parts, least=least, most=most, drawn=drawn.astype(np.int32))
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,10 @@ class Adaptive:
     gives the decision of all samples. Where n = 0 nothing is known of C, not even whether it is a number: such a row
     goes on. One that lacks r or S has no score, whatever its samples: it stops.
 
+    *No sample yet.* r and S are of one forward pass. Where r is read and the similarity is ``total``, C lies between
+    ``beta (1 - alpha) r + (1 - beta) S`` and that plus alpha beta, as s is in [0, 1]; the middle stands in the column.
+    Whether the row can be sampled at all is asked, too (``n=0``), and one whose response cannot be compared goes on.
+
     *Rounding.* All terms are in [0, 1] and float32; each of the j + 7 operations that make C_j of the similarities (a
     sum, a division, three products with rounded weights, two sums) errs by at most 2^-24, and so with k. Bounds that
     are (k + 8) 2^-22 wider hold for what either run computes. Rows with all their samples are bounded by C itself.
@@ -86,88 +105,135 @@ class Adaptive:
     estimates x' < low; those that stopped above have x > high and x' > high; the others x' = x. So for each t in
     [low, high] as many x' as x are below t, and as many at most t: x'(p) = x(p), x'(p+1) = x(p+1), gamma is the same,
     and as it lies in [low, high] so are the decisions. (Where all are kept, gamma is just below x(1), and no row stops
-    below.) Each bracket holds these two scores, and so does what several of them share.
+    below.) It does not matter which rows are sampled in which order, until none is left within.
 
     Args:
         detector: What is estimated; its similarity has to stay in [0, 1].
         low: The least that gamma may be.
         high: The most.
-        rounds: Numbers of samples after which rows are looked at. A row without a score yet goes on to all k; one with
-            a score not beyond the last of these. By default 1, 2, 3, 5, then all.
+        rounds: Numbers of samples after which rows are looked at, see `rounds_of`; all k in the end.
+        onwards: Whether an earlier pass has left bounds in the columns, from which rows go on by one round.
 
     Raises:
         TypeError: The estimator is no `BSDetector`: of others no bounds are known.
 
     Examples:
         >>> Adaptive(BSDetector(k=8), 0.4, 0.4).rounds
-        (1, 2, 3, 5, 8)
+        (3, 6, 8)
     """
 
     detector: BSDetector
     low: float
     high: float
     rounds: tuple[int, ...] = ()
+    onwards: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.detector, BSDetector):
             raise TypeError(f"adaptive sampling knows the bounds of BSDetector alone; got {type(self.detector)}")
-        rounds = tuple(min(r, self.detector.k) for r in self.rounds) or rounds_of(self.detector.k)
-        object.__setattr__(self, "rounds", rounds)
+        rounds = tuple(r for r in self.rounds if r < self.detector.k)
+        object.__setattr__(self, "rounds", (*rounds, self.detector.k) if rounds else rounds_of(self.detector.k))
 
-    def __call__(self, examples: Sequence[Example], engine: Engine) -> Bounded:
-        """See `Estimator`. Rows of one prompt share their samples, and stop together: the last of them decides."""
-        prompt = [repr(prompts.sample(e.prompt, self.detector.samples)) for e in examples]
-        rounds = self.rounds if self.detector.samples_needed(engine) else (self.detector.k,)
-        drawn = np.zeros(len(examples), dtype=np.int64)
-        rows = list(range(len(examples)))
-        whole: Confidence | None = None
+    def __call__(self, examples: Sequence[Example], engine: Engine, earlier: Bounded | None = None) -> Bounded:
+        """See `Estimator`; rows of one prompt share their samples, and go on together."""
         known = engine if isinstance(engine, Cached) else _Remembering(engine)
-        for samples in dict.fromkeys((*rounds, self.detector.k)):
-            # A run with fewer samples; of what an earlier round asked nothing is asked again.
-            found = replace(self.detector, k=samples)([examples[i] for i in rows], known)
-            whole = whole or found
-            for part in _PARTS:
-                getattr(whole, part)[rows] = getattr(found, part)
-            for i, error in zip(rows, found.errors, strict=True):
-                whole.errors[i] = error
-            drawn[rows] = samples
-            least, most = self._bounds(whole, drawn, engine)
-            going = self._may_get_a_score(whole)
-            if samples < rounds[-1]:
-                going |= (least <= self.high) & (most >= self.low)
-            asked = {prompt[i] for i in np.flatnonzero(going)}
-            rows = [i for i in rows if prompt[i] in asked]
-            if not rows:
+        prompt = np.unique(
+            [repr(prompts.sample(e.prompt, self.detector.samples)) for e in examples], return_inverse=True
+        )[1]
+        found = self._begun(examples, known) if earlier is None else earlier
+        while (going := self._going(found, prompt)).any():
+            drawn = np.zeros(len(prompt), dtype=np.int32)
+            np.maximum.at(drawn, prompt, found.drawn)
+            after = np.array(
+                [next(r for r in self.rounds if r > d) if d < self.detector.k else d for d in drawn[prompt]]
+            )
+            for samples in sorted({*after[going].tolist()}):
+                self._draw(examples, known, found, np.flatnonzero(going & (after == samples)), samples)
+            if earlier is not None:
                 break
-        assert whole is not None
-        return Bounded(**vars(whole), least=least, most=most, drawn=drawn)
+        return found
 
-    def _bounds(self, found: Confidence, drawn: npt.NDArray[np.int64], engine: Engine) -> tuple[Scores, Scores]:
+    def _going(self, found: Bounded, prompt: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Rows that may lie within, or may get a score, and those that share a prompt with one of them."""
+        within = (found.least <= self.high) & (found.most >= self.low)
+        unknown = np.isnan(found.confidence) & ~np.isnan(found.least)
+        return np.isin(prompt, prompt[(found.drawn < self.detector.k) & (within | unknown)])
+
+    def _begun(self, examples: Sequence[Example], engine: Engine) -> Bounded:
+        """The first look: without a sample where that tells something, else after the first round."""
+        detector, size = self.detector, len(examples)
+        parts = vars(Confidence.of(np.full(size, np.nan), [""] * size)).items()
+        found = Bounded(**{name: part.copy() for name, part in parts}, least=np.full(size, np.nan, np.float32),
+                        most=np.full(size, np.nan, np.float32), drawn=np.zeros(size, np.int32))  # fmt: skip
+        needed, total = detector.samples_needed(engine), getattr(detector.similarity, "total", False)
+        if not (needed and total and detector.reads and engine.reads):
+            self._draw(examples, engine, found, np.arange(size), self.rounds[0] if needed else detector.k)
+            return found
+        read = replace(detector, alpha=0.0)(examples, engine)
+        for name in ("confidence", "consistency", "reflection", "agreement"):
+            getattr(found, name)[:] = getattr(read, name)
+        found.errors[:] = read.errors
+        self._refuse_what_cannot_be_sampled(examples, engine, found)
+        fixed = read.confidence.astype(np.float64) - detector.beta * detector.alpha * read.agreement
+        found.least[:], found.most[:] = fixed - self._margin, fixed + detector.beta * detector.alpha + self._margin
+        found.consistency[:] = detector.alpha / 2 + (1 - detector.alpha) * read.agreement
+        found.confidence[:] = fixed + detector.beta * detector.alpha / 2
+        alone = detector.similarity([(e.response, e.response) for e in examples], engine)
+        found.confidence[np.isnan(alone)] = np.nan
+        for values in (found.least, found.most, found.confidence, found.consistency):
+            values[[bool(e) for e in found.errors]] = np.nan
+        return found
+
+    def _refuse_what_cannot_be_sampled(self, examples: Sequence[Example], engine: Engine, found: Bounded) -> None:
+        detector = self.detector
+
+        def question(i: int) -> Asks:
+            own = prompts.sample(examples[i].prompt, detector.samples)
+            limit = detector.limit(examples[i].response)
+            return Asks([own], n=0, temperature=detector.temperature, max_tokens=[limit])
+
+        ask(engine, found.errors, question)
+
+    def _draw(
+        self, examples: Sequence[Example], engine: Engine, found: Bounded, rows: npt.NDArray[np.int64], samples: int
+    ) -> None:
+        """So many samples of some rows, and what is known then."""
+        # A run with fewer samples; of what an earlier round asked nothing is asked again.
+        more = replace(self.detector, k=samples)([examples[i] for i in rows], engine)
+        for part in _PARTS:
+            getattr(found, part)[rows] = getattr(more, part)
+        for i, error in zip(rows, more.errors, strict=True):
+            found.errors[i] = error
+        found.drawn[rows] = samples
+        found.least[rows], found.most[rows] = self._bounds(more, samples, engine)
+
+    @property
+    def _margin(self) -> float:
+        return float((self.detector.k + 8) * 2.0**-22)
+
+    def _bounds(self, found: Confidence, drawn: int, engine: Engine) -> tuple[Scores, Scores]:
         """The least and the most that confidence may be after all samples."""
         detector, score = self.detector, found.confidence.astype(np.float64)
         left = detector.k - drawn
-        if not left.any() or not detector.samples_needed(engine):
+        if not left or not detector.samples_needed(engine):
             return found.confidence.copy(), found.confidence.copy()
         s, r = found.similarity.astype(np.float64), found.agreement.astype(np.float64)
         of_s = detector.beta * detector.alpha * left / np.maximum(found.compared + left, 1)
-        sampled = not (detector.reads and engine.reads)
-        of_r = detector.beta * (1 - detector.alpha) * left / detector.k * sampled
-        margin = np.where(left, (detector.k + 8) * 2.0**-22, 0)
-        least = score - of_s * s - of_r * r - margin
-        most = score + of_s * (1 - s) + of_r * (1 - r) + margin
-        return least.astype(np.float32), most.astype(np.float32)
-
-    def _may_get_a_score(self, found: Confidence) -> npt.NDArray[np.bool_]:
-        """Rows that lack a score only because no sample could be compared so far."""
-        refused = np.isnan(found.agreement) | (np.isnan(found.reflection) & (self.detector.beta < 1))
-        return np.isnan(found.confidence) & ~refused
+        of_r = detector.beta * (1 - detector.alpha) * left / detector.k * (not (detector.reads and engine.reads))
+        least = score - of_s * s - of_r * r - self._margin
+        most = score + of_s * (1 - s) + of_r * (1 - r) + self._margin
+        # No sample could be compared so far: nothing is known. One that was refused, or lacks r or S, stays without.
+        refused = np.isnan(r) | (np.isnan(found.reflection) & (detector.beta < 1))
+        unknown = np.isnan(score) & ~refused
+        return np.where(unknown, 0, least).astype(np.float32), np.where(unknown, 1, most).astype(np.float32)
 
 
 def score_to_keep(ds: D, clear: Clear, keep: float = 0.5, **how: Any) -> D:
     """``ds.map(clear.score, batched=True)``, with no more samples than the threshold that keeps a share of rows needs.
 
-    Passes over the rows: the first draws one sample of each, and brackets the threshold; each further one draws more of
-    the rows that may lie within, and narrows it. The cache of answers has what earlier passes drew.
+    Passes over the rows: the first reads each once, without a sample where that tells something (see `Adaptive`); each
+    further one guesses the threshold, and draws more of the rows that may lie on either side of the guess. It ends when
+    none is left that may lie on either side of the threshold itself. The cache of answers has what earlier passes drew.
     `threshold` with the same share, and the decisions at it, are those of all samples, see `Adaptive`. Other thresholds
     are refused where a row is not known well enough for them.
 
@@ -178,8 +244,8 @@ def score_to_keep(ds: D, clear: Clear, keep: float = 0.5, **how: Any) -> D:
         how: For ``ds.map``, as ``batch_size``.
 
     Returns:
-        The dataset with the columns of `Clear.score` and with ``clear_least`` and ``clear_most``, what the confidence
-        may be after all samples.
+        The dataset with the columns of `Clear.score`, with ``clear_least`` and ``clear_most``, what the confidence may
+        be after all samples, and ``clear_drawn``, how many were drawn.
 
     Raises:
         ValueError: `keep` is out of range, or the cache is off.
@@ -196,17 +262,35 @@ def score_to_keep(ds: D, clear: Clear, keep: float = 0.5, **how: Any) -> D:
         raise ValueError(
             "the passes take up the samples of earlier ones from the cache of answers: leave Clear(cache=...) on"
         )
-    low, high = -math.inf, math.inf
-    whole = Adaptive(clear.confidence, low, high)  # type: ignore[arg-type]  # it checks that
-    for number in range(1, len(whole.rounds) + 1):
-        estimator = replace(whole, low=low, high=high, rounds=whole.rounds[:number])
-        step = replace(clear, confidence=estimator, gamma=None, adaptive=False).score
-        scored = cast("D", ds.map(step, batched=True, **how))
-        found = bracket(scored, keep)
-        if not found.unsure:
-            break
-        low, high = max(low, found.low), min(high, found.high)
-    return scored
+    whole = Adaptive(clear.confidence, math.inf, -math.inf)  # type: ignore[arg-type]  # it checks that
+    scored = ds
+    while True:
+        step = replace(clear, confidence=whole, gamma=None, adaptive=False).score
+        scored = cast("D", scored.map(step, batched=True, **how))
+        values = columns_of(scored, NUMBERS)
+        found = bracket_of(values[:3], keep)
+        unknown = np.isnan(values[0]) & ~np.isnan(values[1])
+        if not found.unsure and not unknown.any():
+            return scored
+        guess = _guess(values[:, ~np.isnan(values[0])], found, keep)
+        whole = replace(whole, low=guess, high=guess, onwards=True)
+        if not (unknown.any() or ((values[1] <= guess) & (values[2] >= guess) & (values[3] < whole.detector.k)).any()):
+            whole = replace(whole, low=found.low, high=found.high)
+
+
+def _guess(values: npt.NDArray[np.float64], found: Bracket, keep: float) -> float:
+    """Where the threshold is likely to be: rows are sampled until each is surely above or below, then looked at again.
+
+    Each row is taken for where its own samples and one average one put it within its bounds; before any is drawn, for
+    the least that it may be: that is below half of the rows, so that at first only half are sampled.
+    """
+    _, least, most, drawn = values
+    width = most - least
+    own = np.divide(values[0] - least, width, out=np.zeros_like(width), where=width > 0)  # the mean of its similarities
+    every = float(np.average(own, weights=drawn * (width > 0))) if (drawn * (width > 0)).any() else 0.0
+    likely = np.sort(least + width * (drawn * own + every) / (drawn + 1))
+    place = min(len(likely) - round(keep * len(likely)), len(likely) - 1)
+    return float(np.clip(likely[max(place - 1, 0) : place + 1].mean(), found.low, found.high))
 
 
 class _Memory(Store):

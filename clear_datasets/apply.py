@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     D = TypeVar("D", Dataset, DatasetDict)
 
 OURS = tuple(
-    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "least", "most", "error", "candidate",
-                                 "agreed", "preference", "position_bias", "decision", "original")
+    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "least", "most", "drawn", "error",
+                                 "candidate", "agreed", "preference", "position_bias", "decision", "original")
 )  # fmt: skip
 
 

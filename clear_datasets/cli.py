@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clear_datasets import cache_commands, options, results
+from clear_datasets.apply import OURS
 from clear_datasets.files import check_out, load, write
 from clear_datasets.terminal import calibration_tables, clear_errors, console, cost_table, summary
 
 if TYPE_CHECKING:
-    from clear_datasets.stages import Stages
+    from datasets import Dataset
 
 _EXAMPLES = """Examples:
 
@@ -30,6 +31,12 @@ _EXAMPLES = """Examples:
   clear-datasets report curated.jsonl
 
   clear-datasets push curated.jsonl me/train-curated
+
+  clear-datasets score 'data/*.parquet' -o scored.parquet --model Qwen/Qwen2.5-7B-Instruct --replicas 8
+
+  clear-datasets score train.jsonl -o part-3.parquet --model Qwen/Qwen2.5-7B-Instruct --shard 3/8
+
+  clear-datasets merge 'part-*.parquet' -o scored.parquet
 
   clear-datasets cache prune --older-than 30d
 
@@ -64,15 +71,21 @@ def score(
     samples: options.Samples = 5,
     math: options.Math = False,
     cache: options.Cache = True,
+    replicas: options.Replicas = None,
+    ray: options.Ray = None,
+    shard: options.Shard = None,
 ) -> None:
     """Add confidence columns to every row of SRC."""
     with clear_errors(2):
         check_out(out, src)
+        stages = options.stages(out, batch_size, replicas, ray, shard)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
         clear = options.steps(model, model_revision, form, samples, math, cache=cache)
-        scored = _stages(out, batch_size).score(rows, clear)
+        scored = stages.score(rows, clear)
+        if shard:
+            results.keep_shard(out, clear, stages, len(rows))
         write(scored, out)
         summary(scored, out, clear, None)
 
@@ -110,6 +123,9 @@ def curate(
         bool, typer.Option("--keep-agreed", help="Keep less confident rows whose target the writer repeats.")
     ] = False,
     rounds: options.Rounds = 1,
+    replicas: options.Replicas = None,
+    ray: options.Ray = None,
+    scored: Annotated[bool, typer.Option("--scored", help="SRC has scores already, as merge has made it.")] = False,
 ) -> None:
     """Keep the rows of SRC whose confidence is above a threshold.
 
@@ -127,30 +143,31 @@ def curate(
         check_out(audit, src)
         if not correct and (writer or finetune or keep_agreed or rounds > 1):
             raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")
+        stages = options.stages(out, batch_size, replicas, ray)
         if writer and (finetune or rounds > 1):
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
         clear = options.steps(model, model_revision, form, samples, math, preference, cache=cache)
-        stages = _stages(out, batch_size)
-        scored = stages.score(rows, clear)
+        whole = _with_scores(rows, src) if scored else stages.score(rows, clear)
         older = ("candidate", "agreed", "preference", "position_bias", "decision")  # of an audit as SRC
-        scored = scored.remove_columns([c for c in scored.column_names if c in {f"clear_{name}" for name in older}])
-        if all(scored["clear_error"][:]):
-            write(scored, audit)
-            summary(scored, audit, clear, None)
-        cut = threshold(scored, keep) if gamma is None else gamma
+        whole = whole.remove_columns([c for c in whole.column_names if c in {f"clear_{name}" for name in older}])
+        if all(whole["clear_error"][:]):
+            write(whole, audit)
+            summary(whole, audit, clear, None)
+        cut = threshold(whole, keep) if gamma is None else gamma
         decision = decide(cut, eta, agreed="keep" if keep_agreed else "drop", failed=failed.value)
-        decided = scored.map(decision, batched=True)
+        decided = whole.map(decision, batched=True)
         for number in range(rounds if correct else 0):
             folder = out.with_name(f"{out.name}.writer" + (f"{number + 1}" if rounds > 1 else ""))
             correcting = clear.with_writer(writer or folder, cut)
             if writer is None:
                 train_writer(decided, correcting)
-            decided = stages.correct(scored, correcting).map(decision, batched=True)
+            decided = stages.correct(whole, correcting).map(decision, batched=True)
+        own = [c for c in rows.column_names if not (scored and c in OURS)]
         write(decided, audit)
-        write(curated(decided, form).select_columns([c for c in rows.column_names if c in decided.column_names]), out)
+        write(curated(decided, form).select_columns([c for c in own if c in decided.column_names]), out)
         more = {"eta": eta, "keep_agreed": keep_agreed, "rounds": rounds} if correct else {}
         results.keep_settings(out, clear, rows, gamma=cut, failed=failed.value, **more)
         summary(decided, out, clear, cut)
@@ -247,13 +264,14 @@ def calibrate(
 
 app.command(epilog=_EXAMPLES)(results.report)
 app.command(epilog=_EXAMPLES)(results.push)
+app.command(epilog=_EXAMPLES)(results.merge)
 app.add_typer(cache_commands.app, name="cache")
 
 
-def _stages(out: Path, batch_size: int | None) -> Stages:
-    from clear_datasets.stages import Stages, usual_batch_size
-
-    return Stages(out.parent / "clear_stages", batch_size or usual_batch_size())
+def _with_scores(rows: Dataset, src: str) -> Dataset:
+    if not {"clear_confidence", "clear_error"} <= {*rows.column_names}:
+        raise ValueError(f"{src} has no scores: leave --scored out, or give what score or merge has written")
+    return rows
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,14 +104,15 @@ def bracket(
         ...     "clear_most": [0.2, 0.6, 1.0]}), keep=0.4)
         Bracket(low=0.3, high=1.0, unsure=2, scored=3)
     """
+    return bracket_of(columns_of(ds, (column, *BOUNDS) if column == "clear_confidence" else (column,)), keep)
+
+
+def bracket_of(values: npt.NDArray[np.float64], keep: float) -> Bracket:
+    """The same of the columns themselves: float64 [1 or 3, rows]."""
     if not 0 <= keep <= 1:
         raise ValueError(f"keep is {keep}, the share of rows to keep; expected a number from 0 to 1")
-    splits: list[Any] = list(ds.values()) if isinstance(ds, Mapping) else [ds]
-    found = [_values(split, column) if hasattr(split, "__len__") else _read(split, column) for split in splits]
-    width = max(len(values) for values in found)
-    whole = np.concatenate([np.broadcast_to(values, (width, values.shape[1])) for values in found], axis=1)
-    whole = whole[:, ~np.isnan(whole[0])]
-    least, most = whole[min(1, width - 1)], whole[-1]  # of one column alone, itself
+    whole = values[:, ~np.isnan(values[0])]
+    least, most = whole[min(1, len(whole) - 1)], whole[-1]  # of one column alone, itself
     size = whole.shape[1]
     if not size:
         return Bracket(math.nan, math.nan, 0, 0)
@@ -122,27 +123,36 @@ def bracket(
     return Bracket(float(low), float(high), int(unsure.sum()), size)
 
 
-def _values(split: Dataset, column: str) -> npt.NDArray[np.float64]:
-    names = _names(column, split.column_names)
-    table = split.select_columns(names).with_format("arrow")[:]
+def columns_of(ds: Any, names: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Columns of numbers, [names, rows of all splits]; of ours, those that are not there are as the first one.
+
+    Raises:
+        ValueError: There is no column of the first name.
+    """
+    splits = ds.values() if isinstance(ds, Mapping) else [ds]
+    found = [_values(split, names) if hasattr(split, "__len__") else _read(split, names) for split in splits]
+    return np.concatenate(found, axis=1)
+
+
+def _values(split: Dataset, names: Sequence[str]) -> npt.NDArray[np.float64]:
+    names = _found(names, split.column_names)
+    table = split.select_columns(sorted({*names})).with_format("arrow")[:]
     return np.stack([np.asarray(table[name].to_numpy(), dtype=np.float64) for name in names])
 
 
-def _read(stream: Iterable[Mapping[str, Any]], column: str) -> npt.NDArray[np.float64]:
-    values: dict[str, array[float]] = {}
-    names = [column]
+def _read(stream: Iterable[Mapping[str, Any]], names: Sequence[str]) -> npt.NDArray[np.float64]:
+    values = {name: array("d") for name in names}
     for row in stream:
-        names = _names(column, row)
-        for name in names:
-            values.setdefault(name, array("d")).append(np.nan if row[name] is None else row[name])
-    return np.stack([np.asarray(values.get(name, ()), dtype=np.float64) for name in names])
+        for name, known in zip(names, _found(names, row), strict=True):
+            values[name].append(np.nan if row[known] is None else row[known])
+    return np.stack([np.asarray(values[name], dtype=np.float64) for name in names])
 
 
-def _names(column: str, columns: Collection[str]) -> list[str]:
-    """The column of the score, and after adaptive sampling those of the least and the most that it may be."""
-    if column not in columns:
-        raise ValueError(_MISSING.format(column, ", ".join(map(repr, columns))))
-    return [column, *BOUNDS] if column == "clear_confidence" and BOUNDS[0] in columns else [column]
+def _found(names: Sequence[str], columns: Collection[str]) -> list[str]:
+    """The names, with that of the score in place of what adaptive sampling would have added."""
+    if names[0] not in columns:
+        raise ValueError(_MISSING.format(names[0], ", ".join(map(repr, columns))))
+    return [name if name in columns else names[0] for name in names]
 
 
 _MISSING = "no column {!r} among {}: run ds = ds.map(clear.score, batched=True) first"

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ _OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}  # "None" and 
 
 
 def load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
-    """Rows of a Hub dataset, of files that match a glob, or of a `save_to_disk` folder.
+    """Rows of a Hub dataset, of files that match a glob, of a `save_to_disk` folder, or of a folder of files.
 
     Raises:
         FileNotFoundError: No file matches.
@@ -32,7 +32,14 @@ def load(src: str, split: str | None, config: str | None, revision: str | None, 
 
     path = Path(src)
     if path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
-        raise ValueError(f"{src} is a folder without a saved dataset: give its files, as in '{src}/*.parquet'")
+        kinds = sorted({f.suffix for f in path.iterdir() if f.suffix in LOADERS})
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{src} is a folder without a saved dataset, and with {' and '.join(kinds) or 'no data'} files: "
+                f"give its files, as in '{src}/*.parquet'"
+            )
+        src = str(Path(escape(src)) / f"*{kinds[0]}")
+        path = Path(src)
     local = path.exists() or path.suffix in LOADERS or any(c in src for c in "*?[")
     if local and (config or revision):
         raise ValueError(f"--config and --revision are of Hub datasets; {src} is none")
@@ -149,6 +156,18 @@ def write(ds: Dataset, out: Path) -> None:
                 f.check()
         else:
             ds.save_to_disk(part)
+
+
+def write_folder(ds: Dataset, out: Path, rows: int = 100_000) -> None:
+    """The same into a folder of Parquet files of so many rows, which any program reads."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count = max(1, math.ceil(len(ds) / rows))
+    with _beside(out) as part:
+        part.mkdir()
+        for i in range(count):
+            write(
+                ds.select(range(i * rows, min((i + 1) * rows, len(ds)))), part / f"train-{i:05}-of-{count:05}.parquet"
+            )
 
 
 def write_text(file: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from clear_datasets import Clear
     from clear_datasets.formats import Format
+    from clear_datasets.stages import Stages
 
 
 class Failed(StrEnum):
@@ -56,6 +57,16 @@ Samples = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a 
 Math = Annotated[bool, typer.Option("--math", help="Targets are solutions that end in a result: it alone is compared.")]
 Cache = Annotated[
     bool, typer.Option("--cache/--no-cache", help="Take answers that were paid for before, and keep new ones.")
+]
+Replicas = Annotated[
+    str | None, typer.Option(metavar="N", help="Engines on the GPUs of a Ray cluster: a number, or auto for all GPUs.")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="The cluster: auto, host:port, or local (default: RAY_ADDRESS, else local)."),
+]
+Shard = Annotated[
+    str | None, typer.Option(metavar="I/N", help="Take the I-th of N parts of the rows, from 0/N on; merge joins them.")
 ]
 Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
 Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
@@ -100,3 +111,28 @@ def steps(
     return Clear(
         model, revision, format=form, confidence=estimator, preference=preference, cache=None if cache else False
     )
+
+
+def stages(
+    out: Path, batch_size: int | None, replicas: str | None, ray: str | None, shard: str | None = None
+) -> Stages:
+    """Where and how the stages of OUT run."""
+    from clear_datasets.stages import Stages, usual_batch_size
+
+    folder, part = out.parent / "clear_stages", _part(shard) if shard else (0, 1)
+    if replicas is None and ray is None:
+        return Stages(folder, batch_size or usual_batch_size(), part)
+    from clear_datasets.distributed import RayStages, check
+
+    count: int | Literal["auto"] = (
+        "auto" if replicas in (None, "auto") else int(str(replicas)) if str(replicas).isdecimal() else 0
+    )
+    check(count)
+    return RayStages(folder, batch_size or 0, part, replicas=count, address=ray)
+
+
+def _part(shard: str) -> tuple[int, int]:
+    number, _, of = shard.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise ValueError(f"--shard is {shard!r}; expected one of 0/N to N-1/N, as 0/8 to 7/8")
+    return int(number), int(of)

@@ -7,19 +7,21 @@ import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clear_datasets import options
-from clear_datasets.files import load, write_text
+from clear_datasets.files import check_out, load, write, write_text
 from clear_datasets.terminal import clear_errors, console, visible
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets import Clear
+    from clear_datasets.stages import Stages
 
 _Made = Annotated[Path, typer.Argument(metavar="OUT", help="What score or curate has written.")]
 
@@ -75,6 +77,70 @@ def push(
         print(visible(address))
 
 
+def keep_shard(out: Path, clear: Clear, stages: Stages, rows: int) -> None:
+    """Write beside OUT which part of the rows it is, for `merge`."""
+    from clear_datasets.card import settings_of
+
+    number, of = stages.shard
+    record = {"shard": number, "of": of, "rows": rows, "settings": settings_of(clear)}
+    write_text(_shard_file(out), json.dumps(record, indent=1, default=str) + "\n")
+
+
+def merge(
+    parts: Annotated[
+        list[str], typer.Argument(metavar="PARTS", help="What score --shard has written: files or globs.")
+    ],
+    out: options.Out,
+) -> None:
+    """Join the parts that `score --shard` has written, in their order: all of them, and each once."""
+    from datasets import concatenate_datasets
+
+    with clear_errors(2):
+        for pattern in parts:
+            check_out(out, pattern)
+    with clear_errors():
+        files = sorted({Path(f) for p in parts for f in ([p] if Path(p).exists() else glob(p))})
+        known = {file: _shard(file) for file in files}
+        ordered = sorted(files, key=lambda file: known[file]["shard"])
+        _check_shards(ordered, known, parts)
+        found = [load(str(file), None, None, None, None) for file in ordered]
+        whole = concatenate_datasets(found)
+        rows = known[ordered[0]]["rows"]
+        if len(whole) != rows:
+            raise ValueError(f"the parts have {len(whole):,} rows, the source had {rows:,}: score --shard again")
+        write(whole, out)
+        console.print(f"wrote {out}: {len(whole):,} rows of {len(files)} parts")
+
+
+def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], parts: list[str]) -> None:
+    if not files:
+        raise FileNotFoundError(f"no file matches {' '.join(parts)}")
+    first = known[files[0]]
+    for file in files:
+        for name in ("of", "rows", "settings"):
+            if known[file][name] != first[name]:
+                raise ValueError(
+                    f"{files[0]} and {file} are not parts of one whole: their {name} are {first[name]} and "
+                    f"{known[file][name]}"
+                )
+    numbers = [known[file]["shard"] for file in files]
+    for number in range(first["of"]):
+        if (count := numbers.count(number)) != 1:
+            raise ValueError(
+                f"{'no part' if not count else f'{count} parts'} for --shard {number}/{first['of']}; expected one"
+            )
+
+
+def _shard(file: Path) -> dict[str, Any]:
+    beside = _shard_file(file)
+    if not beside.is_file():
+        raise ValueError(
+            f"{beside} is not there, which score --shard wrote: is {file} a part, and was it copied along?"
+        )
+    found: dict[str, Any] = json.loads(beside.read_text())
+    return found
+
+
 def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:
     """Write beside OUT what made it: the card of `push` says so."""
     from clear_datasets.card import last_part, settings_of
@@ -105,6 +171,10 @@ def _split(argument: str) -> tuple[str, str, str]:
 
 def _settings_file(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
+
+
+def _shard_file(out: Path) -> Path:
+    return out.with_name(out.name + ".shard.json")
 
 
 def audit_file(out: Path) -> Path:

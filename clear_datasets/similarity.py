@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,11 @@ Scores = npt.NDArray[np.float32]
 
 
 class Similarity(Protocol):
-    """How far the two texts of each pair agree."""
+    """How far the two texts of each pair agree.
+
+    One whose class says ``total = True`` compares a response with any text, or with none, not even with itself: then
+    it is known before a sample is drawn whether a row will have a score (see `clear_datasets.adaptive`).
+    """
 
     def __call__(self, pairs: Pairs, engine: Engine) -> Scores:
         """float32 [len(pairs)] in [0, 1]; nan where the two cannot be compared."""
@@ -64,6 +68,8 @@ class Jaccard:
         array([0.5], dtype=float32)
     """
 
+    total: ClassVar[bool] = True
+
     def __call__(self, pairs: Pairs, engine: Engine | None) -> Scores:
         """See `Similarity`."""
         scores = []
@@ -88,6 +94,8 @@ class FinalAnswer:
     References:
         https://github.com/huggingface/Math-Verify
     """
+
+    total: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if find_spec("math_verify") is None:  # said before a sample is paid for

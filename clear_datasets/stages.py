@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clear_datasets import Clear
 
 Step = Callable[..., dict[str, Any]]
+Span = tuple[int, int]  # the first row and the one behind the last
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class Stages:
     Args:
         folder: Gets a folder for each stage, with the columns that it added, one Parquet file a batch.
         batch_size: Rows handed to the engine at a time; another one goes on with the batches that are there.
+        shard: Which part of the rows to take, and of how many; the parts share the folder of the whole.
     """
 
     folder: Path
     batch_size: int
+    shard: tuple[int, int] = (0, 1)
 
     def run(self, rows: Dataset, step: Step, name: str, title: str) -> Dataset:
         """``rows.map(step)``; batches that were done before with the same rows and settings are read from files."""
@@ -42,27 +45,38 @@ class Stages:
         mark = Hasher.hash((rows._fingerprint, step))
         folder = self.folder / f"{name}-{mark}"
         folder.mkdir(parents=True, exist_ok=True)
+        first, end = self.part(len(rows))
         known = {int(start): int(end) for start, _, end in (f.stem.partition("-") for f in folder.glob("*.parquet"))}
-        files: list[Path] = []
-        end = 0
-        with progress(title, len(rows)) as advance:
-            while (start := end) < len(rows):  # batches that are there may have been of another size
-                end = known.get(start) or min([start + self.batch_size, len(rows), *(s for s in known if s > start)])
-                file = folder / f"{start:09}-{end:09}.parquet"
-                if start not in known:
-                    added = rows.select(range(start, end)).map(
-                        step, batched=True, batch_size=None, remove_columns=rows.column_names, keep_in_memory=True,
-                        load_from_cache_file=False, new_fingerprint=mark,
-                    )  # fmt: skip
-                    write(added, file)
-                files.append(file)
-                advance(end - start, start in known)
+        batches = list(_batches(first, end, known, self.batch_size))
+        left = [batch for batch in batches if known.get(batch[0]) != batch[1]]
+        with progress(title, end - first) as advance:
+            advance(end - first - sum(b - a for a, b in left), True)
+            for (a, b), added in self.answered(rows, left, step, mark):
+                write(added, _file(folder, a, b))
+                advance(b - a, False)
+        files = [_file(folder, *batch) for batch in batches]
         added = Dataset.from_parquet([escape(str(file)) for file in files])
-        left = rows.remove_columns([c for c in rows.column_names if c in added.column_names])
-        whole = concatenate_datasets([left, added], axis=1)
+        taken = rows if end - first == len(rows) else rows.select(range(first, end))
+        others = taken.remove_columns([c for c in rows.column_names if c in added.column_names])
+        whole = concatenate_datasets([others, added], axis=1)
         # That of concatenate_datasets differs from run to run; settings alone do not tell scores that were drawn anew.
         whole._fingerprint = Hasher.hash((mark, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]))
         return whole
+
+    def part(self, rows: int) -> tuple[int, int]:
+        """Where the shard begins and ends.
+
+        Examples:
+            >>> Stages(Path("stages"), 64, shard=(1, 3)).part(10)
+            (3, 6)
+        """
+        number, of = self.shard
+        return rows * number // of, rows * (number + 1) // of
+
+    def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
+        """What the step adds to each batch of rows, in any order."""
+        for start, end in batches:
+            yield (start, end), columns_of(rows.select(range(start, end)), step, mark)
 
     def score(self, rows: Dataset, clear: Clear) -> Dataset:
         """`Clear.score` on all rows."""
@@ -75,6 +89,28 @@ class Stages:
         proposed = self.run(scored, writing.propose, "propose", "writing candidates")
         judging = replace(clear, preference=clear.judge, confidence=BSDetector())
         return self.run(proposed, judging.prefer, "prefer", "judging candidates")
+
+
+def columns_of(rows: Dataset, step: Step, mark: str) -> Dataset:
+    """The columns that a step adds to rows, as one batch."""
+    added: Dataset = rows.map(
+        step, batched=True, batch_size=None, remove_columns=rows.column_names, keep_in_memory=True,
+        load_from_cache_file=False, new_fingerprint=mark,
+    )  # fmt: skip
+    return added
+
+
+def _batches(first: int, end: int, known: Mapping[int, int], size: int) -> Iterator[Span]:
+    """The rows from first to end in batches; those that are there may have been of another size."""
+    known = {a: b for a, b in known.items() if first <= a and b <= end}
+    while first < end:
+        behind = known.get(first) or min([first + size, end, *(a for a in known if a > first)])
+        yield first, behind
+        first = behind
+
+
+def _file(folder: Path, start: int, end: int) -> Path:
+    return folder / f"{start:09}-{end:09}.parquet"
 
 
 def usual_batch_size() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clear_datasets.adaptive import Adaptive
+from clear_datasets.adaptive import Adaptive, Bounded
 from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
 from clear_datasets.confidence import BSDetector, Estimator
@@ -114,7 +114,7 @@ class Clear:
             The new columns, or the table with them where the dataset's format is Arrow: ``clear_confidence``,
             ``clear_consistency`` and ``clear_reflection``, float32 in [0, 1] or nan; ``clear_error``, why a row has no
             score ("" where it has one). Of adaptive sampling also ``clear_least`` and ``clear_most``, what the
-            confidence may be after all samples.
+            confidence may be after all samples, and ``clear_drawn``, int32, how many were drawn.
 
         Raises:
             FormatError: The columns are not known; see `infer`.
@@ -132,13 +132,17 @@ class Clear:
         bounded = isinstance(estimator, Adaptive) or BOUNDS[0] in columns  # those of an earlier run are of no use now
         names = (*_COLUMNS, *BOUNDS) if bounded else _COLUMNS
         scores = {name: np.full(len(errors), np.nan, dtype=np.float32) for name in names}
+        drawn = np.zeros(len(errors), dtype=np.int32)
         if sound:
-            found = estimator([e for e in examples if e is not None], self._base(rank))
+            known = {"earlier": Bounded.earlier(columns, sound)} if getattr(estimator, "onwards", False) else {}
+            found = estimator([e for e in examples if e is not None], self._base(rank), **known)
             for name in names:
                 scores[name][sound] = getattr(found, name.removeprefix("clear_"), found.confidence)
             for i, error in zip(sound, found.errors, strict=True):
                 errors[i] = error
-        added = {**scores, "clear_error": errors}
+            if bounded:
+                drawn[sound] = getattr(found, "drawn", getattr(estimator, "k", 0))
+        added: dict[str, Any] = {**scores, **({"clear_drawn": drawn} if bounded else {}), "clear_error": errors}
         return added if isinstance(batch, Mapping) else beside(batch, added)
 
     def propose(self, batch: Any, rank: int | None = None) -> Any:
@@ -274,6 +278,7 @@ class Clear:
                 "there are no features: this stream has no schema; give one, Features({...}), of its columns"
             )
         added = {name: Value("float32") for name in ((*_COLUMNS, *BOUNDS) if adaptive else _COLUMNS)}
+        added |= {"clear_drawn": Value("int32")} if adaptive else {}
         return Features({**features, **added, "clear_error": Value("string")})
 
     def _read(self, batch: Batch) -> tuple[list[Example | None], list[str]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from clear_datasets import BSDetector, Clear, above, curated, decide, score_to_keep, threshold
 from clear_datasets.adaptive import Adaptive
 from clear_datasets.decide import bracket
-from clear_datasets.engines import Asks
+from clear_datasets.engines import Asks, PromptError
 from clear_datasets.engines.cache import COUNTS, Cached, close_stores
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.formats import Example
@@ -32,9 +32,12 @@ class Numbered(Scripted):
 
     same: tuple[tuple[bool, ...], ...] = ()  # [prompts][k]
     unsure: tuple[str, ...] = ()
+    mute: tuple[int, ...] = ()  # prompts that it refuses to write to
 
     def _generated(self, asks):
         groups = [int(_text(p).partition("?")[0].removeprefix("Q")) for p in asks.generate]
+        if refused := {i: "no room" for i, group in enumerate(groups) if group in self.mute}:
+            raise PromptError(refused)
         return [
             [("same " if self.same[group][i] else "other ") + "!" * (i + 1) for i in range(first, asks.n)]
             for group, first in zip(groups, asks.firsts, strict=True)
@@ -61,6 +64,11 @@ class Table:
         return np.array([self.values[r.count("?")][s.count("!") - 1] for r, s in pairs], dtype=np.float32)
 
 
+@dataclass(frozen=True)
+class Total(Table):
+    total: ClassVar[bool] = True
+
+
 @st.composite
 def runs(draw):
     """Rows of which some share a prompt, an engine, and an estimator."""
@@ -68,15 +76,20 @@ def runs(draw):
     groups = draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows))
     value = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1.0, NAN])
     weight = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0])
-    table = draw(st.lists(st.tuples(*[value] * k), min_size=rows, max_size=rows))
+    similarity = draw(st.sampled_from([Table, Total]))
+    values = st.tuples(*[value] * k)
+    if similarity is Total:
+        values = st.tuples(*[st.floats(0, 1, width=32)] * k) | st.just((NAN,) * k)
+    table = draw(st.lists(values, min_size=rows, max_size=rows))
     engine = draw(st.sampled_from([Numbered, Server]))(
         yes=tuple(draw(st.sets(st.sampled_from(["Q0?", "Q1?", "Q2?", "same ?"])))),
         unsure=tuple(draw(st.sets(st.sampled_from(["Q3?", "same ????"]), max_size=1))),
         same=tuple(draw(st.tuples(*[st.booleans()] * k)) for _ in range(4)),
         limit=draw(st.sampled_from([250, 10_000])),
+        mute=draw(st.sampled_from([(), (), (1,)])),
     )
     form = draw(st.sampled_from(["direct", "plain", "reasoned"]))
-    detector = BSDetector(draw(weight), draw(weight), k, similarity=Table(tuple(table)), samples=form)
+    detector = BSDetector(draw(weight), draw(weight), k, similarity=similarity(tuple(table)), samples=form)
     examples = [
         Example([{"role": "user", "content": f"Q{group}?"}], "same " + "?" * i + " " * draw(st.sampled_from([0, 200])))
         for i, group in enumerate(groups)

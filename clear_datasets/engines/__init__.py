@@ -46,6 +46,8 @@ class EngineError(RuntimeError):
 class Asks:
     """Everything that is asked about a batch of rows: the arguments of `generate`, `choose` and `logprobs`.
 
+    With ``n=0`` nothing is generated, and prompts that could not be answered are refused all the same.
+
     Attributes:
         first: For each prompt to generate from, how many of its `n` samples are known already: it gets the others.
         tell: Called with each answer as soon as it is there, by engines that can: its kind, its position in the list of
@@ -70,7 +72,7 @@ class Asks:
     @property
     def draws(self) -> list[int]:
         """How many samples to draw of each prompt: at temperature 0 one stands for all."""
-        return [self.n - first if self.temperature > 0 else 1 for first in self.firsts]
+        return [self.n - first if self.temperature > 0 else min(self.n, 1) for first in self.firsts]
 
     @property
     def times(self) -> int:

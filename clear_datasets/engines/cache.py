@@ -173,14 +173,14 @@ class _Batch:
 
     def __init__(self, asks: Asks, identity: str, store: Store) -> None:
         self.asks = asks
-        draws = asks.n if asks.temperature > 0 else min(asks.n, 1)  # of the likeliest answer one stands for all
-        self.items = [*_items(asks, identity, draws)]
+        self.draws = asks.n if asks.temperature > 0 else min(asks.n, 1)  # of the likeliest answer one stands for all
+        self.items = [*_items(asks, identity, self.draws)]
         self.values: dict[bytes, dict[int, Any]] = {
             key: {number: _read(value) for number, value in values.items()}
             for key, values in store.get(item.key for item in self.items).items()
         }
         each = {item.key: item for item in self.items}.values()
-        self.missing = [item for item in each if self._known(item) < item.wanted]
+        self.missing = [item for item in each if self._known(item) < item.wanted or not item.wanted]
         asked = sum(item.wanted - self._known(item) for item in self.missing)
         known = sum(item.wanted for item in each) - asked
         if known and not COUNTS.known:
@@ -192,7 +192,7 @@ class _Batch:
         self.left = replace(
             asks,
             generate=[asks.generate[i.position] for i in written],
-            n=draws,
+            n=self.draws,
             max_tokens=[limits[i.position] for i in written],
             first=[self._known(i) for i in written],
             choose=[asks.choose[i.position] for i in weighed],
@@ -234,7 +234,7 @@ class _Batch:
     def answers(self) -> Answers:
         """All answers, in the order in which they were asked."""
         asks, of = self.asks, {kind: [self.values[i.key] for i in self.items if i.kind == kind] for kind in KINDS}
-        drawn = [[values[n] for n in range(first, asks.n // asks.times)] * asks.times
+        drawn = [[values[n] for n in range(first, self.draws)] * asks.times
                  for values, first in zip(of["generate"], asks.firsts, strict=True)]  # fmt: skip
         knows = all(cut is not None for samples in drawn for _, cut in samples)
         chosen = np.array([values[0] for values in of["choose"]], dtype=np.float32)

@@ -45,6 +45,7 @@ def plan(asks: Asks, chats: Chats, spare: int = 0) -> tuple[list[Request], Label
     encoded = iter(chats.encode([*asks.generate, *asks.choose, *(p for p, _ in asks.read)], reserve))
     samples = enumerate(zip(asks.draws, asks.firsts, limits, strict=True))
     requests = [Request(next(encoded), "generate", i, *sample) for i, sample in samples]
+    requests = [request for request in requests if request.draws]  # the others are asked only whether they could be
     for i in range(len(asks.choose)):
         ids = next(encoded)
         requests += [Request([*ids, *stem], "choose", i, stem=stem) for stem in known.stems]

@@ -12,6 +12,7 @@ import pytest
 
 from clear_datasets import BSDetector, ByConfidence, Clear, Example, Pairwise
 from clear_datasets.engines import Asks, PromptError
+from clear_datasets.engines.cache import Cached
 
 PASSAGE = "The river rises in the Alps and ends in the North Sea; nobody swims in it in winter. " * 2
 TEXTS = ["Who?", PASSAGE + "Where does it rise?", "2 + 2 = ?", PASSAGE + "Where does it end?", "größer, 日本語, 🙂"]
@@ -92,6 +93,19 @@ def test_prompts_that_are_too_long_are_named_and_the_rest_can_be_asked(engine, p
     assert engine.generate([prompts[0], prompts[2]], max_tokens=8) == [
         engine.generate([p], max_tokens=8)[0] for p in (prompts[0], prompts[2])
     ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_without_a_sample_a_prompt_is_only_looked_at(engine, prompts, temperature):
+    found = Cached(engine).answer(Asks(prompts, 0, temperature, 8, prompts[:1], ["Yes", "No"]))
+    assert found.generated == [[]] * len(prompts)
+    assert len(found.chosen) == 1
+    assert engine.generate(prompts[:2], n=0, temperature=temperature, max_tokens=8) == [[], []]
+    if engine.reads:  # a server is asked nothing
+        long = [{"role": "user", "content": "x" * 600}]
+        with pytest.raises(PromptError) as caught:
+            Cached(engine).answer(Asks([prompts[0], long], 0, temperature, 8))
+        assert list(caught.value.reasons) == [1]
 
 
 def test_log_probabilities_of_a_response(engine, prompts):

@@ -1,0 +1,271 @@
+"""The same steps on a real Ray cluster on this machine: equal columns, whatever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from clear_datasets import Clear, decide
+from clear_datasets.engines import Answers, Asks, EngineError
+from clear_datasets.engines.transformers import Transformers
+from clear_datasets.files import write_folder
+from tests.conftest import Scripted
+
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "clear-datasets[ray]"')
+from clear_datasets import distributed  # noqa: E402
+
+ROWS = Dataset.from_list([{"question": f"Where is {i}?" * (i != 11), "answer": f"at {i}"} for i in range(48)])
+
+
+@dataclass(frozen=True)
+class Working(Scripted):
+    """Takes time for each row, and notes in a file who answered; some rows are its end, always or the first times."""
+
+    folder: str = ""
+    delay: float = 0.0
+    deadly: str = ""
+    failing: str = ""
+    wrong: str = ""
+    often: int = 1_000
+
+    def answer(self, asks: Asks) -> Answers:
+        text = repr(asks.generate)
+        with (Path(self.folder) / "answered").open("a") as f:
+            f.write(f"{os.getpid()} {len(asks.generate)}\n")
+        time.sleep(self.delay * len(asks.generate))
+        for piece, end in ((self.deadly, self.die), (self.failing, self.fail), (self.wrong, self.refuse)):
+            if piece and piece in text and self.again(piece):
+                end()
+        return super().answer(asks)
+
+    def with_writer(self, writer: str) -> Working:
+        return self
+
+    def again(self, piece: str) -> bool:
+        with (Path(self.folder) / "times").open("a+") as f:
+            f.write(f"{piece}\n")
+            f.seek(0)
+            return Counter(f.read().split("\n"))[piece] <= self.often
+
+    def die(self) -> None:
+        os._exit(1)
+
+    def fail(self) -> None:
+        raise EngineError("the engine ended")
+
+    def refuse(self) -> None:
+        raise ValueError("no such setting")
+
+
+def answered(folder: Path) -> list[tuple[int, int]]:
+    file = folder / "answered"
+    return [tuple(map(int, line.split())) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def wanted() -> list[dict[str, Any]]:
+    return ROWS.map(Clear(engine=Scripted(), cache=False).score, batched=True).to_list()
+
+
+def score(engine: Working, folder: Path, rows: Dataset | str = ROWS, **how: Any) -> Dataset:
+    options: dict[str, Any] = {"replicas": 2, "batch_size": 4, **how}
+    return distributed.score(rows, Clear(engine=engine, cache=False), folder=folder / "stages", **options)
+
+
+def test_rows_come_in_order_from_and_to_files_and_what_is_done_is_not_asked_again(tmp_path, wanted):
+    engine = Working(folder=str(tmp_path))
+    write_folder(ROWS, tmp_path / "rows", rows=20)
+    found = score(engine, tmp_path, str(tmp_path / "rows"), out=tmp_path / "scored", replicas=3)
+    np.testing.assert_equal(found.to_list(), wanted)
+    assert found[11]["clear_error"] == "column 'question' is empty"
+    assert found.features == Clear.features(ROWS.features)
+    assert [f.name for f in (tmp_path / "scored").iterdir()] == ["train-00000-of-00001.parquet"]
+    np.testing.assert_equal(Dataset.from_parquet(str(tmp_path / "scored" / "*.parquet")).to_list(), wanted)
+    asked = answered(tmp_path)
+    assert (len(asked), len({pid for pid, _ in asked})) == (12, 3)
+    np.testing.assert_equal(score(engine, tmp_path, str(tmp_path / "rows")).to_list(), wanted)
+    assert answered(tmp_path) == asked
+
+
+def test_candidates_and_preferences_are_those_of_map(tmp_path, wanted):
+    clear = Clear(engine=Working(folder=str(tmp_path)), cache=False)
+    scored = Dataset.from_list(wanted)
+    with pytest.raises(ValueError, match="no model writes candidates"):
+        distributed.correct(scored, clear)
+    clear = clear.with_writer("w", gamma=0.6)
+    found = distributed.correct(scored, clear, replicas=2, batch_size=20, folder=tmp_path / "stages")
+    plain = scored.map(clear.propose, batched=True).map(clear.prefer, batched=True)
+    np.testing.assert_equal(found.to_list(), plain.to_list())
+    assert "replace" in set(found.map(decide(0.6, 0.0), batched=True)["clear_decision"])
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_rows_are_done_anew(tmp_path, wanted):
+    killed: list[int] = []
+
+    def kill() -> None:
+        while len(found := answered(tmp_path)) < 4:
+            time.sleep(0.05)
+        killed.append(found[-1][0])
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    found = score(Working(folder=str(tmp_path), delay=0.1), tmp_path)
+    thread.join()
+    np.testing.assert_equal(found.to_list(), wanted)
+    by = Counter(pid for pid, _ in answered(tmp_path))
+    assert len(by) == 3
+    assert by[killed[0]] < 4
+    assert sum(rows for _, rows in answered(tmp_path)) <= 47 + 2 * 4  # what was under way, and what waited behind it
+
+
+def test_what_fails_once_is_done_once_more(tmp_path, wanted):
+    found = score(Working(folder=str(tmp_path), failing="Where is 5?", often=1), tmp_path)
+    np.testing.assert_equal(found.to_list(), wanted)
+    assert sum(rows for _, rows in answered(tmp_path)) == 47 + 4
+
+
+@pytest.mark.parametrize(
+    "fault, error, message",
+    [
+        ({"deadly": "Where is 5?"}, EngineError, "the workers that had rows 4 to 8 died"),
+        ({"failing": "Where is 5?"}, EngineError, "the engine ended"),
+        ({"wrong": "Where is 5?"}, ValueError, "no such setting"),
+    ],
+)
+def test_what_fails_always_is_said_and_all_else_is_kept(fault, error, message, tmp_path, wanted):
+    with pytest.raises(error, match=message):
+        score(Working(folder=str(tmp_path), **fault), tmp_path)
+    done = {f.name for f in (tmp_path / "stages").rglob("*.parquet")}
+    assert "000000004-000000008.parquet" not in done
+    if error is EngineError:
+        assert len(done) == 11
+    before = sum(rows for _, rows in answered(tmp_path))
+    marked = next((tmp_path / "stages").iterdir())
+    engine = Working(folder=str(tmp_path))
+    again = Clear(engine=engine, cache=False)
+    from datasets.fingerprint import Hasher
+
+    from clear_datasets.stages import Stages
+
+    mark = Hasher.hash((ROWS._fingerprint, again.score))
+    marked.rename(marked.with_name(f"score-{mark}"))  # as if the fault had not been a setting of this engine
+    np.testing.assert_equal(Stages(tmp_path / "stages", 4).score(ROWS, again).to_list(), wanted)
+    assert sum(rows for _, rows in answered(tmp_path)) - before == 47 - 4 * len(done) + (  # row 11 has no question
+        "000000008-000000012.parquet" in done
+    )
+
+
+def test_too_small_a_cluster_is_refused_and_a_small_one_warned_of(tmp_path):
+    engine = Working(folder=str(tmp_path))
+    with pytest.raises(ValueError, match=r"has 4 CPUs and 0 GPUs, a replica takes 1 and 1"):
+        score(engine, tmp_path, gpus_per_replica=1)
+    with pytest.raises(ValueError, match="the number of replicas is 0; expected 1 at least, or 'auto'"):
+        score(engine, tmp_path, replicas=0)
+    with pytest.warns(UserWarning, match="9 replicas are asked for, the cluster has room for 4"):
+        score(engine, tmp_path, ROWS.select(range(4)), replicas=9, batch_size=None)
+    assert len({pid for pid, _ in answered(tmp_path)}) == 4
+
+
+def test_a_real_model_gives_the_scores_of_one_process(tiny, tmp_path):
+    rows = ROWS.select(range(12))
+    clear = Clear(engine=Transformers(tiny, dtype="float32"))
+    found = distributed.score(rows, clear, replicas=2, batch_size=3, folder=tmp_path / "stages")
+    plain = rows.map(clear.score, batched=True, batch_size=3)
+    for column in ("clear_confidence", "clear_consistency", "clear_reflection"):
+        np.testing.assert_allclose(found[column][:], plain[column][:], atol=1e-5)
+    assert found["clear_error"][:] == plain["clear_error"][:]
+
+
+SCRIPT = """
+import sys
+from datasets import Dataset
+from clear_datasets import Clear, distributed
+from tests.test_distributed import ROWS, Working
+folder, address = sys.argv[1:]
+engine = Working(folder=folder, delay=0.2)
+found = distributed.score(ROWS, Clear(engine=engine, cache=False), replicas=2, batch_size=4, folder=folder + "/stages",
+                          address=address)
+found.to_json(folder + "/scored.jsonl")
+"""
+
+
+def run(arguments: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **environment}
+    return subprocess.run(
+        [*map(str, arguments)], check=False, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def head(port: int, folder: Path) -> None:
+    """Start the head of a cluster."""
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", f"--port={port}", "--num-cpus=2",
+               "--include-dashboard=false", f"--temp-dir={folder}", "--disable-usage-stats"]  # fmt: skip
+    done = run(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def processes(folder: Path) -> list[int]:
+    """All that belongs to the cluster of a folder."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in command and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_head_of_a_cluster_is_killed_and_the_same_command_goes_on(tmp_path_factory, tmp_path, wanted):
+    folder = Path("/tmp") / f"clear{os.getpid()}"  # sockets have short names
+    port = 20_000 + os.getpid() % 10_000
+    command = [sys.executable, "-c", SCRIPT, tmp_path, f"127.0.0.1:{port}"]
+    environment = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    try:
+        head(port, folder)
+        thread = threading.Thread(target=lambda: ended.append(run(command, **environment)))
+        ended: list[subprocess.CompletedProcess[str]] = []
+        thread.start()
+        while len(answered(tmp_path)) < 5:
+            time.sleep(0.1)
+            assert thread.is_alive(), ended
+        for process in processes(folder):
+            os.kill(process, signal.SIGKILL)
+        thread.join()
+        assert ended[0].returncode != 0
+        assert not (tmp_path / "scored.jsonl").exists()
+        done = len([*(tmp_path / "stages").rglob("*.parquet")])
+        assert done
+        head(port, folder)
+        before = len(answered(tmp_path))
+        again = run(command, **environment)
+        assert again.returncode == 0, again.stderr
+        assert len(answered(tmp_path)) - before == 12 - done
+        np.testing.assert_equal(Dataset.from_json(str(tmp_path / "scored.jsonl")).to_list(), wanted)
+    finally:
+        for process in processes(folder):
+            os.kill(process, signal.SIGKILL)
+        subprocess.run(["rm", "-rf", folder], check=False)
