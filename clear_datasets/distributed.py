@@ -170,10 +170,12 @@ def _asked(
 
     with _quiet():
         blocks = ray.data.from_arrow_refs([ray.put(_block(rows, *batch)) for batch in batches])
-        done = blocks.map_batches(
-            _Replica, fn_constructor_args=work, batch_size=None, batch_format="pyarrow", num_cpus=1,
-            num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=replicas), max_task_retries=_DEATHS,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, which has no other name yet
+            done = blocks.map_batches(
+                _Replica, fn_constructor_args=work, batch_size=None, batch_format="pyarrow", num_cpus=1,
+                num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=replicas), max_task_retries=_DEATHS,
+            )  # fmt: skip
         for block in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for found in block.to_pylist():
                 COUNTS.asked, COUNTS.known = COUNTS.asked + found["asked"], COUNTS.known + found["known"]

@@ -66,12 +66,18 @@ class Stages:
     def part(self, rows: int) -> tuple[int, int]:
         """Where the shard begins and ends.
 
+        Raises:
+            ValueError: It has no rows.
+
         Examples:
             >>> Stages(Path("stages"), 64, shard=(1, 3)).part(10)
             (3, 6)
         """
         number, of = self.shard
-        return rows * number // of, rows * (number + 1) // of
+        first, end = rows * number // of, rows * (number + 1) // of
+        if first == end:
+            raise ValueError(f"--shard {number}/{of} of {rows} rows is empty: take fewer shards")
+        return first, end
 
     def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
         """What the step adds to each batch of rows, in any order."""

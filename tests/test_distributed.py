@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from clear_datasets import Clear, decide
 from clear_datasets.engines import Answers, Asks, EngineError
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.files import write_folder
-from tests.conftest import Scripted
+from tests.conftest import Scripted, make_tiny
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "clear-datasets[ray]"')
 from clear_datasets import distributed  # noqa: E402
@@ -184,7 +187,7 @@ def test_too_small_a_cluster_is_refused_and_a_small_one_warned_of(tmp_path):
         score(engine, tmp_path, replicas=0)
     with pytest.warns(UserWarning, match="9 replicas are asked for, the cluster has room for 4"):
         score(engine, tmp_path, ROWS.select(range(4)), replicas=9, batch_size=None)
-    assert len({pid for pid, _ in answered(tmp_path)}) == 4
+    assert len(answered(tmp_path)) == 4  # a batch each, were there so many
 
 
 def test_a_real_model_gives_the_scores_of_one_process(tiny, tmp_path):
@@ -206,7 +209,7 @@ folder, address = sys.argv[1:]
 engine = Working(folder=folder, delay=0.2)
 found = distributed.score(ROWS, Clear(engine=engine, cache=False), replicas=2, batch_size=4, folder=folder + "/stages",
                           address=address)
-found.to_json(folder + "/scored.jsonl")
+found.to_parquet(folder + "/scored.parquet")
 """
 
 
@@ -238,6 +241,15 @@ def processes(folder: Path) -> list[int]:
     return found
 
 
+def end(folder: Path) -> None:
+    """Kill the cluster of a folder."""
+    while found := processes(folder):
+        for process in found:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_head_of_a_cluster_is_killed_and_the_same_command_goes_on(tmp_path_factory, tmp_path, wanted):
     folder = Path("/tmp") / f"clear{os.getpid()}"  # sockets have short names
@@ -252,11 +264,10 @@ def test_the_head_of_a_cluster_is_killed_and_the_same_command_goes_on(tmp_path_f
         while len(answered(tmp_path)) < 5:
             time.sleep(0.1)
             assert thread.is_alive(), ended
-        for process in processes(folder):
-            os.kill(process, signal.SIGKILL)
+        end(folder)
         thread.join()
         assert ended[0].returncode != 0
-        assert not (tmp_path / "scored.jsonl").exists()
+        assert not (tmp_path / "scored.parquet").exists()
         done = len([*(tmp_path / "stages").rglob("*.parquet")])
         assert done
         head(port, folder)
@@ -264,8 +275,44 @@ def test_the_head_of_a_cluster_is_killed_and_the_same_command_goes_on(tmp_path_f
         again = run(command, **environment)
         assert again.returncode == 0, again.stderr
         assert len(answered(tmp_path)) - before == 12 - done
-        np.testing.assert_equal(Dataset.from_json(str(tmp_path / "scored.jsonl")).to_list(), wanted)
+        np.testing.assert_equal(Dataset.from_parquet(str(tmp_path / "scored.parquet")).to_list(), wanted)
     finally:
-        for process in processes(folder):
-            os.kill(process, signal.SIGKILL)
-        subprocess.run(["rm", "-rf", folder], check=False)
+        end(folder)
+
+
+SBATCH = """#!/bin/bash
+for script; do :; done
+last=$(sed -n 's/^#SBATCH --array=0-//p' "$script")
+for i in $(seq 0 "$last"); do SLURM_ARRAY_TASK_ID=$i bash -e "$script" || exit 1; done
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_commands_of_the_page_run_as_they_stand(tmp_path):
+    """In order, on few rows, with a tiny model under the name of the page, and a SLURM that runs task after task."""
+    ray.shutdown()  # "auto" would be the cluster of the other tests
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    folder = Path("/tmp") / f"clear{os.getpid()}"
+    make_tiny(tmp_path / "Qwen" / "Qwen2.5-7B-Instruct", ends=5, max_position_embeddings=2048, initializer_range=0.05)
+    ROWS.to_json(tmp_path / "train.jsonl")
+    (tmp_path / "bin").mkdir()
+    for name in ("ray", "clear-datasets"):
+        (tmp_path / "bin" / name).symlink_to(Path(sys.executable).with_name(name))
+    (tmp_path / "bin" / "sbatch").write_text(SBATCH)
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RAY_TMPDIR": str(folder)}
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 6
+    try:
+        for block in blocks:
+            done = subprocess.run(["bash", "-e", "-c", block], check=False, cwd=tmp_path, env=environment,
+                                  capture_output=True, text=True, timeout=240)  # fmt: skip
+            assert done.returncode == 0, f"{block}\n{done.stderr}"
+    finally:
+        end(folder)
+    whole, parts = (Dataset.from_parquet(str(tmp_path / file)) for file in ("out/scored.parquet", "scored.parquet"))
+    assert whole["question"][:] == parts["question"][:] == ROWS["question"][:]
+    np.testing.assert_allclose(whole["clear_confidence"][:], parts["clear_confidence"][:], atol=1e-5)
+    kept = [Dataset.from_parquet(str(tmp_path / file)) for file in ("out/curated.parquet", "curated.parquet")]
+    assert kept[0].to_list() == kept[1].to_list()
+    assert kept[0].column_names == ROWS.column_names

@@ -1,0 +1,107 @@
+"""Parts of a dataset, scored by commands of their own, are one whole again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from clear_datasets import threshold
+from clear_datasets.cli import app
+from clear_datasets.stages import Stages
+from tests.test_cli import ROWS, run, tiny  # noqa: F401 - a fixture
+
+
+def command(*arguments: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    return done.exit_code, done.stderr
+
+
+@pytest.fixture(scope="module")
+def scored(tiny, tmp_path_factory) -> Path:  # noqa: F811
+    """A folder with the three parts, named against their order, and the whole."""
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    for i, name in enumerate("cba"):
+        done = run("score", folder / "train.jsonl", "-o", folder / f"part-{name}.parquet", "-m", tiny, "-k", "1",
+                   "--shard", f"{i}/3", CLEAR_CACHE=str(folder / "answers"))  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    done = run("score", folder / "train.jsonl", "-o", folder / "whole.parquet", "-m", tiny, "-k", "1",
+               CLEAR_CACHE=str(folder / "none"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "9 from an earlier run" in done.stderr  # the parts share the folder of the whole
+    return folder
+
+
+@pytest.fixture
+def parts(scored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(scored, tmp_path / "parts"))
+
+
+def test_parts_are_joined_in_the_order_of_the_source(parts):
+    assert command("merge", parts / "part-*.parquet", "-o", parts / "joined.jsonl")[0] == 0
+    assert command("merge", *sorted(parts.glob("part-?.parquet")), "-o", parts / "joined.parquet")[0] == 0
+    whole, joined = (Dataset.from_parquet(str(parts / f"{name}.parquet")) for name in ("whole", "joined"))
+    assert repr(joined.to_list()) == repr(whole.to_list())
+    assert [len(Dataset.from_parquet(str(parts / f"part-{name}.parquet"))) for name in "cba"] == [3, 3, 3]
+    assert threshold(joined) == threshold(whole)
+
+
+def test_curate_takes_the_scores_that_are_there(parts, tiny):  # noqa: F811
+    command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
+    out = parts / "curated.jsonl"
+    code, said = command("curate", parts / "joined.parquet", "-o", out, "-m", tiny, "--scored")
+    assert code == 0, said
+    whole = Dataset.from_parquet(str(parts / "whole.parquet"))
+    gamma = threshold(whole)
+    kept = [{k: r[k] for k in ROWS[0]} for r in whole if not r["clear_confidence"] <= gamma]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == kept
+    code, said = command("curate", parts / "train.jsonl", "-o", out, "-m", tiny, "--scored")
+    assert (code, "has no scores: leave --scored out" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: (p / "part-b.parquet").unlink(), "no part for --shard 1/3; expected one"),
+        (lambda p: shutil.copy(p / "part-b.parquet", p / "part-d.parquet"), "part-d.parquet.shard.json is not there"),
+        (lambda p: [shutil.copy(p / f"part-b.parquet{end}", p / f"part-d.parquet{end}") for end in ("", ".shard.json")],
+         "2 parts for --shard 1/3; expected one"),
+        (lambda p: edit(p / "part-b.parquet.shard.json", settings={"model": "m"}), "are not parts of one whole"),
+        (lambda p: edit(p / "part-b.parquet.shard.json", rows=8), "their rows are"),
+        (lambda p: [edit(p / f"part-{n}.parquet.shard.json", rows=8) for n in "abc"], "have 9 rows, the source had 8"),
+    ],
+)  # fmt: skip
+def test_what_is_not_one_whole_is_refused(change, message, parts):
+    change(parts)
+    code, said = command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
+    assert (code, message in said) == (1, True), said
+    assert not (parts / "joined.parquet").exists()
+
+
+def edit(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "-1/3", "a/b", "1/0"])
+def test_a_part_that_there_cannot_be_is_refused(shard, parts):
+    code, said = command("score", parts / "train.jsonl", "-o", parts / "x.parquet", "-m", "m", f"--shard={shard}")
+    assert (code, f"--shard is {shard!r}; expected one of 0/N to N-1/N" in said) == (2, True), said
+
+
+def test_more_parts_than_rows_and_nothing_to_join(parts):
+    code, said = command("score", parts / "train.jsonl", "-o", parts / "x.parquet", "-m", "m", "--shard", "0/10")
+    assert (code, "--shard 0/10 of 9 rows is empty" in said) == (1, True), said
+    code, said = command("merge", parts / "nothing-*.parquet", "-o", parts / "joined.parquet")
+    assert (code, "no file matches" in said) == (1, True)
+
+
+def test_parts_cover_the_rows():
+    for rows in (8, 9, 100):
+        for of in (1, 3, 8):
+            spans = [Stages(Path("x"), 1, (i, of)).part(rows) for i in range(of)]
+            assert [i for a, b in spans for i in range(a, b)] == list(range(rows))
