@@ -159,7 +159,9 @@ class Metered(Queued):
     def answer(self, asks: Asks) -> Answers:
         """See `Engine.answer`."""
         answers = self.engine.answer(asks)
-        prompts = [*asks.generate, *asks.choose, *(p for p, _ in asks.read)]
+        # A prompt of which nothing is drawn is not read.
+        written = [prompt for prompt, draws in zip(asks.generate, asks.draws, strict=True) if draws]
+        prompts = [*written, *asks.choose, *(p for p, _ in asks.read)]
         self.tokens[0] += sum(map(len, self.chats.encode(prompts, [0] * len(prompts))))
         self.tokens[0] += sum(len(self.chats.response(r)) for _, r in asks.read)
         self.tokens[1] += sum(len(self.chats.response(text)) for texts in answers.generated for text in texts)

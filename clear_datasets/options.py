@@ -124,9 +124,9 @@ def stages(
         return Stages(folder, batch_size or usual_batch_size(), part)
     from clear_datasets.distributed import RayStages, check
 
-    count: int | Literal["auto"] = (
-        "auto" if replicas in (None, "auto") else int(str(replicas)) if str(replicas).isdecimal() else 0
-    )
+    if replicas not in (None, "auto") and not str(replicas).isdecimal():
+        raise ValueError(f"--replicas is {replicas!r}; expected a number of engines, or auto")
+    count: int | Literal["auto"] = "auto" if replicas in (None, "auto") else int(str(replicas))
     check(count)
     return RayStages(folder, batch_size or 0, part, replicas=count, address=ray)
 

@@ -83,6 +83,23 @@ def runs(run: Any, detector: BSDetector) -> Iterator[tuple[str, Any]]:
     yield "adaptive", run("adaptive", detector, adaptive=True)
 
 
+def table(result: dict[str, Any]) -> str:
+    """For the docs: sampled tokens a row and AUROC by the number of samples, and what adaptive sampling saves."""
+    names = [*(f"k = {k}" for k in SAMPLES), "adaptive"]
+    lines = [f"| rows | {' | '.join(names)} | sampled tokens saved | prompt tokens saved | equal decisions |"]
+    lines.append("|" + "---|" * (len(names) + 4))
+    for task in result["tasks"]:
+        cells = []
+        for name in names:
+            run = task["runs"][name]
+            auroc = f", {run['auroc'][0]:.3f}" if name != "adaptive" else ""
+            cells.append(f"{run['tokens']['sampled'] / task['rows']:.1f}{auroc}")
+        saved = [f"{100 * task['share of tokens saved'][kind]:.0f}%" for kind in ("sampled", "prompt")]
+        equal = f"{task['equal decisions']} of {task['rows']}"
+        lines.append(f"| {task['task']}, {task['rows']} | {' | '.join([*cells, *saved, equal])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
@@ -96,6 +113,8 @@ def main() -> None:
     model = str(fetch(args.model)) if args.model in MODELS else args.model
     result: dict[str, Any] = {"model": Path(model).name.removesuffix(".gguf"), "tasks": []}
     result |= {"scores_revision": SCORES_REVISION, **this_run()}
+    if args.out and args.out.exists():  # tasks of earlier runs stay
+        result["tasks"] = [t for t in json.loads(args.out.read_text())["tasks"] if t["task"] not in args.task]
     with tempfile.TemporaryDirectory() as folder:
         full = Cached(Transformers(model), args.cache or f"{folder}/full")
         for task in args.task:

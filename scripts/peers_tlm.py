@@ -1,6 +1,6 @@
 """Scores of cleanlab's TLM (trustworthy-llm) for given answers; benchmark_peers.py runs it in .venv-tlm.
 
-    .venv-tlm/bin/python scripts/peers_tlm.py --rows rows.json --out scores.json --url http://127.0.0.1:8211/v1
+.venv-tlm/bin/python scripts/peers_tlm.py --rows rows.json --out scores.json --url http://127.0.0.1:8211/v1
 """
 
 from __future__ import annotations

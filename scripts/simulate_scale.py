@@ -152,6 +152,20 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def tables(result: dict[str, Any]) -> str:
+    """For the docs: the runs that the simulation was checked against, and what it says."""
+    lines = ["| workers | seconds | simulated | speed-up per worker |", "|---|---|---|---|"]
+    for run in result["check"]["runs"]:
+        said = f"{run['simulated seconds']} ({run['simulated / real']:.2f})"
+        lines.append(f"| {run['replicas']} | {run['seconds']} | {said} | {run['speed-up per replica']:.2f} |")
+    lines += ["", f"| rows | {' | '.join(f'{gpus:,} replicas' for gpus in GPUS)} |", "|" + "---|" * (len(GPUS) + 1)]
+    for rows in SIZES:
+        found = [run for run in result["simulation"]["table"] if run["rows"] == rows]
+        cells = [f"{run['hours']:,.1f} h, {run['failures']:,.0f} lost, {run['busy']:.2f}" for run in found]
+        lines.append(f"| {rows:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds-per-row", type=float, help="of one replica, as clear-datasets estimate says")
@@ -173,6 +187,7 @@ def main() -> None:
     if args.seconds_per_row:
         result["simulation"] = {
             **{k: v for k, v in vars(args).items() if k not in ("out", "check")},
+            **this_run(),
             "table": table(args),
         }
     if args.out:

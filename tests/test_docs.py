@@ -177,3 +177,32 @@ def test_the_docs_say_that_a_long_stream_takes_no_more_memory():
     for piece in (f"{large['rows_per_second']:,} rows/s, {large['anonymous_memory_mib']} MiB", found["command"],
                   f"{small['anonymous_memory_mib']} MiB with 10,000 rows"):  # fmt: skip
         assert piece in shown
+
+
+def test_the_docs_say_what_adaptive_sampling_saves(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmark_adaptive import table
+
+    found = json.loads((ROOT / "docs" / "benchmarks" / "adaptive.json").read_text())
+    shown = (ROOT / "docs" / "adaptive.md").read_text()
+    assert table(found) in shown
+    assert found["command"] in shown
+    for task in found["tasks"]:
+        assert task["equal decisions"] == task["rows"]
+        assert task["threshold is that of all samples"]
+    squad = next(t for t in found["tasks"] if t["task"] == "squad_wrong_sentence")
+    assert squad["share of tokens saved"]["sampled"] >= 0.4
+
+
+def test_the_docs_say_what_replicas_gain(monkeypatch):
+    pytest.importorskip("simpy")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from simulate_scale import tables
+
+    found = json.loads((ROOT / "docs" / "benchmarks" / "scale.json").read_text())
+    shown = (ROOT / "docs" / "scale.md").read_text()
+    assert tables(found) in shown
+    assert all(found[part]["command"] in shown for part in ("check", "simulation"))
+    for run in found["check"]["runs"]:
+        assert abs(run["simulated / real"] - 1) <= 0.1
+        assert run["speed-up per replica"] >= 0.9

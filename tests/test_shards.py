@@ -93,6 +93,11 @@ def test_a_part_that_there_cannot_be_is_refused(shard, parts):
     assert (code, f"--shard is {shard!r}; expected one of 0/N to N-1/N" in said) == (2, True), said
 
 
+def test_replicas_are_a_number(parts):
+    code, said = command("score", parts / "train.jsonl", "-o", parts / "x.parquet", "-m", "m", "--replicas", "all")
+    assert (code, "--replicas is 'all'; expected a number of engines, or auto" in said) == (2, True), said
+
+
 def test_more_parts_than_rows_and_nothing_to_join(parts):
     code, said = command("score", parts / "train.jsonl", "-o", parts / "x.parquet", "-m", "m", "--shard", "0/10")
     assert (code, "--shard 0/10 of 9 rows is empty" in said) == (1, True), said
