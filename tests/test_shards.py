@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from clear_datasets import threshold
 from clear_datasets.cli import app
+from clear_datasets.files import load, write_folder
 from clear_datasets.stages import Stages
 from tests.test_cli import ROWS, run, tiny  # noqa: F401 - a fixture
 
@@ -110,3 +111,18 @@ def test_parts_cover_the_rows():
         for of in (1, 3, 8):
             spans = [Stages(Path("x"), 1, (i, of)).part(rows) for i in range(of)]
             assert [i for a, b in spans for i in range(a, b)] == list(range(rows))
+
+
+def test_a_folder_of_files_of_one_kind_is_a_dataset(parts):
+    rows = Dataset.from_list(ROWS)
+    write_folder(rows, parts / "all", rows=4)
+    assert sorted(f.name for f in (parts / "all").iterdir()) == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
+    assert load(str(parts / "all"), None, None, None, None).to_list() == ROWS
+    (parts / "all" / "README.md").write_text("other files are left alone")
+    assert len(load(str(parts / "all"), None, None, None, 5)) == 5
+    (parts / "all" / "more.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(ValueError, match=r"with \.jsonl and \.parquet files: give its files"):
+        load(str(parts / "all"), None, None, None, None)
+    (parts / "none").mkdir()
+    with pytest.raises(ValueError, match="with no data files"):
+        load(str(parts / "none"), None, None, None, None)
