@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
     parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
     parser.add_argument("--rows", type=int, help="the first N rows only")
-    parser.add_argument("--data", type=Path, help="a larger file that the rows are made of, as scripts/data was")
+    parser.add_argument("--data", type=Path, help="a larger file of the task to make rows of, as scripts/data was")
     parser.add_argument("--longest", type=int, default=900, help="characters of a passage in --data")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeat", type=int, default=1, help="how often, for rows/s; scores are those of the first")

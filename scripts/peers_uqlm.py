@@ -87,7 +87,8 @@ async def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str,
     scores, unread = column("score"), "the judge's answers could not be read"
     missing = {i: every[i].get("reason", unread) for i, score in enumerate(scores) if score is None}
     parts = {name: column(name) for name in ([] if args.judge else scorer.component_names)}
-    return {"scores": scores, "reasons": missing, "parts": parts, "seconds": seconds, "similarity": similarity}
+    found = {"scores": scores, "reasons": missing, "parts": parts, "seconds": seconds}
+    return found if args.judge else found | {"similarity": similarity}
 
 
 def main() -> None:
