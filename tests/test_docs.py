@@ -201,8 +201,17 @@ def test_the_docs_say_what_replicas_gain(monkeypatch):
 
     found = json.loads((ROOT / "docs" / "benchmarks" / "scale.json").read_text())
     shown = (ROOT / "docs" / "scale.md").read_text()
-    assert tables(found) in shown
+    assert all(part in shown for part in tables(found).split("\n\n"))
     assert all(found[part]["command"] in shown for part in ("check", "simulation"))
     for run in found["check"]["runs"]:
         assert abs(run["simulated / real"] - 1) <= 0.1
         assert run["without the start"] >= 0.9
+
+
+def test_the_page_says_how_others_score(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from peers_report import table
+
+    for entry in json.loads((ROOT / "docs" / "benchmarks" / "peers.json").read_text()):
+        assert table(entry) in PAGE
+        assert all(found["command"] in PAGE for found in entry["methods"].values())
