@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clear_datasets.engines import EngineError
 from clear_datasets.engines.cache import COUNTS
 from clear_datasets.files import load, write_folder
+from clear_datasets.formats import FormatError
 from clear_datasets.stages import Span, Stages, Step, columns_of
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from clear_datasets import Clear
 
 Replicas = int | Literal["auto"]
+_ERRORS = (
+    EngineError,
+    FormatError,
+    ValueError,
+    TypeError,
+    ImportError,
+    OSError,
+)  # as a caller of `Clear.score` has them
 _DEATHS = 2  # workers that a batch may cost in a row
 _EACH = 4  # batches a replica at least: the last ones end about together
 
@@ -179,8 +187,8 @@ def _asked(
         for block in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for found in block.to_pylist():
                 COUNTS.asked, COUNTS.known = COUNTS.asked + found["asked"], COUNTS.known + found["known"]
-                error = pickle.loads(found["error"]) if found["error"] else None  # from our own code
-                yield (found["start"], found["end"]), error or Dataset.from_buffer(found["rows"])
+                span, kind = (found["start"], found["end"]), found["error"]
+                yield span, _raised(kind, found["text"]) if kind else Dataset.from_buffer(found["rows"])
 
 
 class _Replica:
@@ -198,15 +206,16 @@ class _Replica:
 
         (found,) = block.to_pylist()
         asked, known = COUNTS.asked, COUNTS.known
-        rows, error = b"", b""
+        rows, error = b"", ("", "")
         try:
             added = columns_of(Dataset.from_buffer(found["rows"]), self.step, self.mark)
             rows, self.failed = _bytes(added, 0, len(added)), 0
         except Exception as problem:  # raised by the caller, which knows how others fare
-            error, self.failed = _pickled(problem), self.failed + 1
+            error, self.failed = _named(problem), self.failed + 1
             time.sleep(min(2**self.failed, 60) / 2)  # a broken machine shall not eat up what others could do
-        counts = {"asked": [COUNTS.asked - asked], "known": [COUNTS.known - known]}
-        return pa.table({"start": [found["start"]], "end": [found["end"]], "rows": [rows], "error": [error], **counts})
+        found |= {"rows": rows, "error": error[0], "text": error[1]}
+        found |= {"asked": COUNTS.asked - asked, "known": COUNTS.known - known}
+        return pa.Table.from_pylist([found])
 
 
 def _block(rows: Dataset, start: int, end: int) -> pa.Table:
@@ -227,13 +236,17 @@ def _bytes(rows: Dataset, start: int, end: int) -> bytes:
     return written
 
 
-def _pickled(problem: Exception) -> bytes:
-    try:
-        data = pickle.dumps(problem)
-        pickle.loads(data)
-        return data
-    except Exception:  # some exceptions cannot be pickled, others not be read again
-        return pickle.dumps(RuntimeError(f"{type(problem).__name__}: {problem}"))
+def _raised(kind: str, text: str) -> Exception:
+    """An error of a worker, by its name and text: no object of it travels."""
+    return {e.__name__: e for e in _ERRORS}.get(kind, RuntimeError)(text)
+
+
+def _named(problem: Exception) -> tuple[str, str]:
+    """The first of the errors that it is one of, and what it says."""
+    for kind in _ERRORS:
+        if isinstance(problem, kind):
+            return kind.__name__, str(problem)
+    return "RuntimeError", f"{type(problem).__name__}: {problem}"
 
 
 def _fitting(replicas: Replicas, usual: int, gpus: float | None) -> tuple[int, float]:

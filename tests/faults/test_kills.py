@@ -34,11 +34,11 @@ def test_killed_runs_lose_nothing(options, tmp_path):
 def test_a_command_that_is_ended_goes_on_from_its_answers(tmp_path, answers, sign):
     """In the midst of a batch, of which nothing is beside OUT yet."""
     model = make_tiny(tmp_path / "model", ends=2)
-    rows = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(300)]
+    rows = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(600)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "scored.jsonl"
     command = [sys.executable, "-m", "clear_datasets.cli", "score", str(tmp_path / "rows.jsonl"), "-o", str(out)]
-    command += ["--model", str(model), "--batch-size", "300"]
+    command += ["--model", str(model), "--batch-size", "600"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         end = time.monotonic() + 120
         while stored() < 100 and time.monotonic() < end:
