@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,12 +36,16 @@ def test_killed_runs_lose_nothing(options, tmp_path):
 def test_a_command_that_is_ended_goes_on_from_its_answers(tmp_path, answers, sign):
     """In the midst of a batch, of which nothing is beside OUT yet."""
     model = make_tiny(tmp_path / "model", ends=2)
-    rows = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(600)]
+    rows = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(300)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "scored.jsonl"
     command = [sys.executable, "-m", "clear_datasets.cli", "score", str(tmp_path / "rows.jsonl"), "-o", str(out)]
-    command += ["--model", str(model), "--batch-size", "600"]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    command += ["--model", str(model), "--batch-size", "300"]
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a background job may ignore it
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
+    with subprocess.Popen(command, cwd=ROOT, **options) as process:
         end = time.monotonic() + 120
         while stored() < 100 and time.monotonic() < end:
             assert process.poll() is None, process.stderr and process.stderr.read()
