@@ -41,9 +41,7 @@ def test_a_command_that_is_ended_goes_on_from_its_answers(tmp_path, answers, sig
     out = tmp_path / "scored.jsonl"
     command = [sys.executable, "-m", "clear_datasets.cli", "score", str(tmp_path / "rows.jsonl"), "-o", str(out)]
     command += ["--model", str(model), "--batch-size", "300"]
-    heard = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # a background job may ignore it
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job may ignore it
     options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "preexec_fn": heard}
     with subprocess.Popen(command, cwd=ROOT, **options) as process:
         end = time.monotonic() + 120
