@@ -18,7 +18,7 @@ from clear_datasets.engines import EngineError
 from clear_datasets.engines.cache import COUNTS
 from clear_datasets.files import load, write_folder
 from clear_datasets.formats import FormatError
-from clear_datasets.stages import Span, Stages, Step, columns_of
+from clear_datasets.stages import Span, Stages, Step, added_by, batch_size_on
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,14 +27,8 @@ if TYPE_CHECKING:
     from clear_datasets import Clear
 
 Replicas = int | Literal["auto"]
-_ERRORS = (
-    EngineError,
-    FormatError,
-    ValueError,
-    TypeError,
-    ImportError,
-    OSError,
-)  # as a caller of `Clear.score` has them
+# As a caller of `Clear.score` has them; the first that an error is one of is its name.
+_ERRORS = (EngineError, FormatError, ValueError, TypeError, ImportError, OSError)
 _DEATHS = 2  # workers that a batch may cost in a row
 _EACH = 4  # batches a replica at least: the last ones end about together
 
@@ -143,8 +137,9 @@ class RayStages(Stages):
         with _cluster(self.address):
             replicas, gpus = _fitting(self.replicas, engine.gpus if engine else 1, self.gpus)
             first, end = self.part(len(rows))
-            most = 1000 if gpus else 64
-            size = self.batch_size or max(1, min(most, math.ceil((end - first) / (_EACH * replicas))))
+            size = self.batch_size or max(
+                1, min(batch_size_on(gpus > 0), math.ceil((end - first) / (_EACH * replicas)))
+            )
             return super(RayStages, replace(self, batch_size=size, replicas=replicas, gpus=gpus)).run(
                 rows, step, name, title
             )
@@ -208,7 +203,7 @@ class _Replica:
         asked, known = COUNTS.asked, COUNTS.known
         rows, error = b"", ("", "")
         try:
-            added = columns_of(Dataset.from_buffer(found["rows"]), self.step, self.mark)
+            added = added_by(Dataset.from_buffer(found["rows"]), self.step, self.mark)
             rows, self.failed = _bytes(added, 0, len(added)), 0
         except Exception as problem:  # raised by the caller, which knows how others fare
             error, self.failed = _named(problem), self.failed + 1

@@ -82,7 +82,7 @@ class Stages:
     def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
         """What the step adds to each batch of rows, in any order."""
         for start, end in batches:
-            yield (start, end), columns_of(rows.select(range(start, end)), step, mark)
+            yield (start, end), added_by(rows.select(range(start, end)), step, mark)
 
     def score(self, rows: Dataset, clear: Clear) -> Dataset:
         """`Clear.score` on all rows."""
@@ -97,7 +97,7 @@ class Stages:
         return self.run(proposed, judging.prefer, "prefer", "judging candidates")
 
 
-def columns_of(rows: Dataset, step: Step, mark: str) -> Dataset:
+def added_by(rows: Dataset, step: Step, mark: str) -> Dataset:
     """The columns that a step adds to rows, as one batch."""
     added: Dataset = rows.map(
         step, batched=True, batch_size=None, remove_columns=rows.column_names, keep_in_memory=True,
@@ -119,11 +119,16 @@ def _file(folder: Path, start: int, end: int) -> Path:
     return folder / f"{start:09}-{end:09}.parquet"
 
 
+def batch_size_on(gpu: bool) -> int:
+    """Rows that keep an engine busy, and are not many to ask again."""
+    return 1000 if gpu else 64
+
+
 def usual_batch_size() -> int:
-    """Rows that keep the engine of this machine busy, and are not many to ask again."""
+    """The same of this machine."""
     import torch
 
-    return 1000 if torch.cuda.device_count() else 64
+    return batch_size_on(torch.cuda.device_count() > 0)
 
 
 def train_writer(decided: Dataset, clear: Clear) -> None:

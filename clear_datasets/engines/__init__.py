@@ -71,8 +71,13 @@ class Asks:
 
     @property
     def draws(self) -> list[int]:
-        """How many samples to draw of each prompt: at temperature 0 one stands for all."""
-        return [self.n - first if self.temperature > 0 else min(self.n, 1) for first in self.firsts]
+        """How many samples to draw of each prompt."""
+        return [self.n - first if self.temperature > 0 else self.distinct for first in self.firsts]
+
+    @property
+    def distinct(self) -> int:
+        """How many samples of a prompt may differ: at temperature 0 one stands for all."""
+        return self.n if self.temperature > 0 else min(self.n, 1)
 
     @property
     def times(self) -> int:

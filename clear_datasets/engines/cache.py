@@ -173,8 +173,7 @@ class _Batch:
 
     def __init__(self, asks: Asks, identity: str, store: Store) -> None:
         self.asks = asks
-        self.draws = asks.n if asks.temperature > 0 else min(asks.n, 1)  # of the likeliest answer one stands for all
-        self.items = [*_items(asks, identity, self.draws)]
+        self.items = [*_items(asks, identity)]
         self.values: dict[bytes, dict[int, Any]] = {
             key: {number: _read(value) for number, value in values.items()}
             for key, values in store.get(item.key for item in self.items).items()
@@ -192,7 +191,7 @@ class _Batch:
         self.left = replace(
             asks,
             generate=[asks.generate[i.position] for i in written],
-            n=self.draws,
+            n=asks.distinct,
             max_tokens=[limits[i.position] for i in written],
             first=[self._known(i) for i in written],
             choose=[asks.choose[i.position] for i in weighed],
@@ -234,7 +233,7 @@ class _Batch:
     def answers(self) -> Answers:
         """All answers, in the order in which they were asked."""
         asks, of = self.asks, {kind: [self.values[i.key] for i in self.items if i.kind == kind] for kind in KINDS}
-        drawn = [[values[n] for n in range(first, self.draws)] * asks.times
+        drawn = [[values[n] for n in range(first, asks.distinct)] * asks.times
                  for values, first in zip(of["generate"], asks.firsts, strict=True)]  # fmt: skip
         knows = all(cut is not None for samples in drawn for _, cut in samples)
         chosen = np.array([values[0] for values in of["choose"]], dtype=np.float32)
@@ -276,9 +275,9 @@ class _Keeping:
             _log.warning("interrupted; all answers so far are kept: the same again asks for what is missing alone")
 
 
-def _items(asks: Asks, identity: str, draws: int) -> Iterator[_Item]:
+def _items(asks: Asks, identity: str) -> Iterator[_Item]:
     for i, (prompt, limit) in enumerate(zip(asks.generate, asks.limits, strict=True)):
-        yield _Item("generate", i, _key("generate", identity, list(prompt), asks.temperature, limit), draws)
+        yield _Item("generate", i, _key("generate", identity, list(prompt), asks.temperature, limit), asks.distinct)
     for i, prompt in enumerate(asks.choose):
         yield _Item("choose", i, _key("choose", identity, list(prompt), list(asks.labels)))
     for i, (prompt, response) in enumerate(asks.read):
