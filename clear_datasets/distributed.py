@@ -133,10 +133,12 @@ class RayStages(Stages):
 
     def run(self, rows: Dataset, step: Step, name: str, title: str) -> Dataset:
         """See `Stages.run`; batches are small enough that each replica gets several."""
+        first, end = self.part(len(rows))
+        if not self.planned(rows, step, name, end - first)[-1]:  # no cluster is needed to read what is there
+            return super().run(rows, step, name, title)
         engine = getattr(getattr(step, "__self__", None), "engine", None)
         with _cluster(self.address):
             replicas, gpus = _fitting(self.replicas, engine.gpus if engine else 1, self.gpus)
-            first, end = self.part(len(rows))
             size = self.batch_size or max(
                 1, min(batch_size_on(gpus > 0), math.ceil((end - first) / (_EACH * replicas)))
             )

@@ -42,13 +42,9 @@ class Stages:
         from datasets import Dataset, concatenate_datasets
         from datasets.fingerprint import Hasher
 
-        mark = Hasher.hash((rows._fingerprint, step))
-        folder = self.folder / f"{name}-{mark}"
+        mark, folder, batches, left = self.planned(rows, step, name, self.batch_size)
         folder.mkdir(parents=True, exist_ok=True)
         first, end = self.part(len(rows))
-        known = {int(start): int(end) for start, _, end in (f.stem.partition("-") for f in folder.glob("*.parquet"))}
-        batches = list(_batches(first, end, known, self.batch_size))
-        left = [batch for batch in batches if known.get(batch[0]) != batch[1]]
         with progress(title, end - first) as advance:
             advance(end - first - sum(b - a for a, b in left), True)
             for (a, b), added in self.answered(rows, left, step, mark):
@@ -62,6 +58,16 @@ class Stages:
         # That of concatenate_datasets differs from run to run; settings alone do not tell scores that were drawn anew.
         whole._fingerprint = Hasher.hash((mark, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]))
         return whole
+
+    def planned(self, rows: Dataset, step: Step, name: str, size: int) -> tuple[str, Path, list[Span], list[Span]]:
+        """The mark of a step on rows, the folder of its batches, these, and which of them are not there."""
+        from datasets.fingerprint import Hasher
+
+        mark = Hasher.hash((rows._fingerprint, step))
+        folder = self.folder / f"{name}-{mark}"
+        known = {int(start): int(end) for start, _, end in (f.stem.partition("-") for f in folder.glob("*.parquet"))}
+        batches = list(_batches(*self.part(len(rows)), known, size))
+        return mark, folder, batches, [batch for batch in batches if known.get(batch[0]) != batch[1]]
 
     def part(self, rows: int) -> tuple[int, int]:
         """Where the shard begins and ends.

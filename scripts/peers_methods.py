@@ -21,7 +21,7 @@ import numpy as np
 from benchmark_engines import serving
 from datasets import Dataset
 
-from clear_datasets import Clear, infer
+from clear_datasets import BSDetector, Clear, infer
 from clear_datasets.engines import Engine, Messages, PromptError
 from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.vllm import VLLM
@@ -29,7 +29,7 @@ from clear_datasets.engines.vllm_process import load
 from clear_datasets.formats import Example
 
 ROOT = Path(__file__).parents[1]
-OURS = "clear_vllm"
+OURS = "clear_server"  # on the server that the others ask
 COUNTED = {  # vLLM's counters; a request for several samples is as many sequences
     "requests": "request_params_n_count",
     "sequences": "request_success_total",
@@ -68,6 +68,7 @@ class Bench:
     concurrency: int
     stack: contextlib.ExitStack
     rows: Dataset | None = None
+    confidence: BSDetector = field(default_factory=BSDetector)
 
     @property
     def examples(self) -> list[Example]:
@@ -111,7 +112,7 @@ class Bench:
 
 
 def ours(bench: Bench, engine: Engine) -> Found:
-    scored = Clear(engine=engine, cache=False).score(bench.rows[:])
+    scored = Clear(engine=engine, confidence=bench.confidence, cache=False).score(bench.rows[:])
     parts = {part: scored[f"clear_{part}"] for part in ("consistency", "reflection")}
     return Found(scored["clear_confidence"], {str(i): e for i, e in enumerate(scored["clear_error"]) if e}, parts)
 
@@ -188,8 +189,8 @@ def chance(bench: Bench) -> Found:
 
 
 METHODS: dict[str, tuple[str, Callable[[Bench], Found]]] = {
-    OURS: ("engine", lambda bench: ours(bench, bench.engine)),
-    "clear_server": ("server", lambda bench: ours(bench, bench.server)),
+    OURS: ("server", lambda bench: ours(bench, bench.server)),
+    "clear_vllm": ("engine", lambda bench: ours(bench, bench.engine)),
     "tlm_high": ("server", lambda bench: peer(bench, "tlm", "--preset", "high")),
     "tlm_best": ("server", lambda bench: peer(bench, "tlm", "--preset", "best")),
     "uqlm_ensemble": ("server", lambda bench: peer(bench, "uqlm")),

@@ -1,43 +1,36 @@
-"""Rows for benchmark_peers.py: the report half of scripts/data, or as many as are wanted of a larger file."""
+"""Makes the rows of benchmark_peers.py, scripts/data/peers_*.jsonl, of files with more of the same kind.
+
+    python scripts/peers_rows.py FOLDER
+
+FOLDER has squad.jsonl (context, question, answer), gsm8k_model_solutions.jsonl (question, and by model a solution with
+is_correct) and arc_noisy.jsonl (question, options, answer, answer_noisy30); scripts/data/README.md names the sources.
+Questions and passages that the defaults were chosen on are left out.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections import Counter
+import sys
 from pathlib import Path
 from typing import Any
 
 from benchmark_auroc import DATA, TASKS
 from datasets import Dataset
 
+ROWS = 400  # of a task, or as many as there are
+LONGEST = 900  # characters of a passage
 
-def rows_of(task: str, rows: int | None, file: Path | None, longest: int) -> Dataset:
-    kind = task.partition("_")[0]
-    shipped = Dataset.from_json(str(DATA / f"{kind}.jsonl"))
-    if file is None:
-        found = shipped.filter(lambda r: r["half"] == "report")
-        return TASKS[task](found.select(range(min(rows or len(found), len(found)))))
-    chosen = shipped.filter(lambda r: r["half"] == "choose")
+
+def rows_of(task: str, every: list[dict[str, Any]]) -> Dataset:
+    chosen = Dataset.from_json(str(DATA / f"{task.partition('_')[0]}.jsonl")).filter(lambda r: r["half"] == "choose")
     texts = ("context", "question")
     seen = {text for name in texts if name in chosen.column_names for text in chosen[name]}
-    every = [row for row in map(json.loads, file.read_text().splitlines()) if row["question"] not in seen]
+    every = [row for row in every if row["question"] not in seen]
     random.Random(1).shuffle(every)
-    made = [r for r in MAKERS[kind](every) if seen.isdisjoint(r[name] for name in texts if name in r)]
-    if kind == "squad":
-        made = [r for r in made if len(r["context"]) <= longest]
-    if "other_answer" in task:
-        made = siblings(made)
-    if rows is not None and len(made) < rows:
-        raise SystemExit(f"{task}: {file.name} has {len(made)} rows that nothing was chosen on, not {rows}")
-    return TASKS[task](Dataset.from_list(made[:rows]))
-
-
-def siblings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows whose passage has another row, side by side: a wrong answer comes from there."""
-    counts = Counter(r["context"] for r in rows)
-    place = {context: i for i, context in enumerate(dict.fromkeys(r["context"] for r in rows))}
-    return sorted((r for r in rows if counts[r["context"]] > 1), key=lambda r: place[r["context"]])
+    made = [r for r in MAKERS[task](every) if seen.isdisjoint(r[name] for name in texts if name in r)]
+    made = [r for r in made if len(r.get("context", "")) <= LONGEST]
+    return TASKS[task](Dataset.from_list(made[:ROWS]))
 
 
 def solutions(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,4 +60,16 @@ def letters(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-MAKERS = {"squad": list, "gsm8k": solutions, "arc": letters}
+MAKERS = {"squad_wrong_sentence": list, "gsm8k": solutions, "arc": letters}
+FILES = {
+    "squad_wrong_sentence": "squad.jsonl",
+    "gsm8k": "gsm8k_model_solutions.jsonl",
+    "arc": "arc_noisy.jsonl",
+}
+
+
+if __name__ == "__main__":
+    for name, file in FILES.items():
+        made = rows_of(name, [json.loads(line) for line in (Path(sys.argv[1]) / file).read_text().splitlines()])
+        lines = [json.dumps(row, ensure_ascii=False) for row in made.to_list()]
+        (DATA / f"peers_{name.partition('_')[0]}.jsonl").write_text("\n".join(lines) + "\n")

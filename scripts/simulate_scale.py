@@ -28,7 +28,7 @@ from typing import Any
 import simpy
 from this_run import this_run
 
-ROWS, DELAY, BATCH = 4_800, 0.05, 40  # of the real runs
+ROWS, DELAY, BATCH = 7_200, 0.05, 40  # of the real runs
 SIZES, GPUS = (10**5, 10**6, 10**7, 10**8, 10**9), (1, 8, 64, 1000)
 
 

@@ -276,6 +276,10 @@ def test_the_head_of_a_cluster_is_killed_and_the_same_command_goes_on(tmp_path_f
         assert again.returncode == 0, again.stderr
         assert len(answered(tmp_path)) - before == 12 - done
         np.testing.assert_equal(Dataset.from_parquet(str(tmp_path / "scored.parquet")).to_list(), wanted)
+        end(folder)
+        (tmp_path / "scored.parquet").unlink()
+        assert run(command, **environment).returncode == 0  # all is done, and no cluster is asked for
+        np.testing.assert_equal(Dataset.from_parquet(str(tmp_path / "scored.parquet")).to_list(), wanted)
     finally:
         end(folder)
 

@@ -210,8 +210,10 @@ def test_the_docs_say_what_replicas_gain(monkeypatch):
 
 def test_the_page_says_how_others_score(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from peers_report import table
+    from peers_report import brief, table
 
-    for entry in json.loads((ROOT / "docs" / "benchmarks" / "peers.json").read_text()):
+    entries = json.loads((ROOT / "docs" / "benchmarks" / "peers.json").read_text())
+    assert brief(entries) in (ROOT / "README.md").read_text()
+    for entry in entries:
         assert table(entry) in PAGE
         assert all(found["command"] in PAGE for found in entry["methods"].values())

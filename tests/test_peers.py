@@ -1,0 +1,62 @@
+"""scripts/benchmark_peers.py with what asks no model: blocks, going on, and figures that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def compare(out: Path, *methods: str) -> dict[str, dict]:
+    command = [sys.executable, "scripts/benchmark_peers.py", "--model", "any", "--task", "squad_wrong_sentence"]
+    command += ["--rows", "50", "--block", "20", "--methods", *methods, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (entry,) = json.loads(out.read_text())
+    assert (entry["rows"], entry["good"].count(0)) == (50, entry["wrong"])
+    return entry["methods"]
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path):
+    out = tmp_path / "peers.json"
+    told = compare(out, "length")
+    assert [block["rows"] for block in told["length"]["blocks"]] == [20, 20, 10]
+    assert told["length"]["summary"]["rows"] == 50
+    assert told["length"]["summary"]["auroc"][0] > 0.9  # a sentence is longer than an answer
+    (entry,) = json.loads(out.read_text())
+    half = {**told["length"], "scores": told["length"]["scores"][:20], "blocks": told["length"]["blocks"][:1]}
+    out.write_text(json.dumps([entry | {"methods": {"length": half}}]))
+    again = compare(out, "length", "random")
+    assert list(again) == ["length", "random"]
+    assert again["length"]["scores"] == told["length"]["scores"]
+    assert again["length"]["blocks"] == told["length"]["blocks"]
+    assert again["length"]["summary"] == told["length"]["summary"]
+    compare(out, "length", "random")
+    assert json.loads(out.read_text())[0]["methods"] == again  # all was there
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark_peers
+
+    return benchmark_peers
+
+
+def test_a_method_beside_ours(peers):
+    good = [True, True, False, False]
+    blocks = [{"rows": 2, "seconds": 1.0, "requests": 6}, {"rows": 2, "seconds": 3.0, "requests": 6}]
+    ours = {"scores": [4.0, 3.0, 2.0, 1.0], "blocks": blocks}
+    slow = [{"rows": 2, "seconds": 10.0, "requests": 20}, {"rows": 2, "seconds": 6.0, "requests": 21}]
+    theirs = {"scores": [4.0, 1.0, None, 2.0], "parts": {"judge": [1.0, 1.0, 0.0, 0.0]}, "blocks": slow}
+    found = peers.summary(theirs, ours, good)
+    assert (found["rows"], found["unscored"], found["auroc"][0]) == (4, 1, 0.5)
+    assert found["auroc_of_parts"]["judge"][0] == 1.0
+    assert found["auroc_less_ours"][0] == -0.5  # of the three rows that both score
+    assert found["seconds_over_ours"] == {"median": 6.0, "least": 2.0, "most": 10.0}
+    assert (found["rows_per_second"], found["requests_per_row"]) == (0.25, 10.25)
+    assert "auroc_less_ours" not in peers.summary(ours, ours, good)
