@@ -205,7 +205,7 @@ def test_the_docs_say_what_replicas_gain(monkeypatch):
     assert all(found[part]["command"] in shown for part in ("check", "simulation"))
     for run in found["check"]["runs"]:
         assert abs(run["simulated / real"] - 1) <= 0.1
-        assert run["without the start"] >= 0.9
+        assert run["speed-up per replica"] >= 0.9
 
 
 def test_the_page_says_how_others_score(monkeypatch):
