@@ -148,9 +148,9 @@ class RayStages(Stages):
 
     def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
         """See `Stages.answered`: as replicas are done with them, once more where an engine failed."""
-        assert self.replicas != "auto"
         left = set(batches)
         while left:
+            assert self.replicas != "auto"  # `run` has filled it in
             before, in_a_row = len(left), 0
             error: Exception = EngineError(f"the workers that had rows {min(left)[0]} to {max(left)[1]} died")
             for span, added in _asked(rows, sorted(left), (step, mark), min(self.replicas, len(left)), self.gpus):

@@ -107,7 +107,7 @@ def test_rows_come_in_order_from_and_to_files_and_what_is_done_is_not_asked_agai
     asked = answered(tmp_path)
     assert len(asked) == 12
     assert os.getpid() not in {pid for pid, _ in asked}
-    np.testing.assert_equal(score(engine, tmp_path, str(tmp_path / "rows")).to_list(), wanted)
+    np.testing.assert_equal(score(engine, tmp_path, str(tmp_path / "rows"), replicas="auto").to_list(), wanted)
     assert answered(tmp_path) == asked
 
 
