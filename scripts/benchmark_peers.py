@@ -34,13 +34,12 @@ import numpy as np
 from benchmark_auroc import DATA, measure
 from get_model import MODELS, fetch
 from peers_methods import COUNTED, METHODS, OURS, ROOT, Bench, Found
+from peers_report import TASKS
 from this_run import this_run
 
 from clear_datasets import BSDetector
 from clear_datasets.engines.checkpoint import best_device, fast_dtype
 from clear_datasets.noise import auroc
-
-TASKS = ["squad_wrong_sentence", "gsm8k", "arc"]
 
 
 def timed(bench: Bench, name: str) -> tuple[Found, dict[str, float]]:
@@ -163,7 +162,7 @@ def write(out: Path, key: dict[str, Any], good: list[bool], told: dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
-    parser.add_argument("--task", choices=TASKS, nargs="+", default=TASKS)
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "tlm_best"])
     parser.add_argument("--block", type=int, default=40, help="rows that a method scores in one go")
