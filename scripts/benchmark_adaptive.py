@@ -5,7 +5,8 @@
 One full run with k = 8 fills a cache of answers. From it alone come the runs with k = 1, 2, 3, 5 and 8 and the adaptive
 one, whose samples are the first of those of the full run; tokens are counted as they are asked for. Tasks and rows are
 those of benchmark_auroc.py; solutions of GSM8K are sampled and compared as `BSDetector.math` does. It fails where a
-decision or the threshold differs. A cache that is kept (`--cache`) lets a run that was ended go on.
+decision or the threshold differs. A cache that is kept (`--cache`) lets a run that was ended go on. Solutions are many
+tokens, of which vLLM writes more at a time (`--engine vllm`, also its CPU build).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from get_model import MODELS, fetch
 from this_run import this_run
 
 from clear_datasets import BSDetector, Clear, above, score_to_keep, threshold
+from clear_datasets.engines import checkpoint, vllm_process
 from clear_datasets.engines.cache import Cached, close_stores
-from clear_datasets.engines.checkpoint import load
+from clear_datasets.engines.chats import Chats
 from clear_datasets.engines.transformers import Transformers
+from clear_datasets.engines.vllm import VLLM
 from clear_datasets.estimate import Metered
 from clear_datasets.steps import SCORES_REVISION
 
@@ -44,7 +47,7 @@ class Replayed(Metered):
     identity = "replayed"
 
 
-def evaluate(task: str, args: argparse.Namespace, full: Cached, folder: str) -> dict[str, Any]:
+def evaluate(task: str, args: argparse.Namespace, full: Cached, chats: Chats, folder: str) -> dict[str, Any]:
     rows = Dataset.from_json(str(DATA / f"{task.partition('_')[0]}.jsonl"))
     rows = rows.filter(lambda r: r["half"] == args.half)
     rows = TASKS[task](rows.select(range(min(args.rows or len(rows), len(rows)))))
@@ -53,7 +56,7 @@ def evaluate(task: str, args: argparse.Namespace, full: Cached, folder: str) -> 
     Clear(engine=full.engine, cache=full.folder, confidence=detector).score(rows[:])
 
     def run(name: str, estimator: BSDetector, adaptive: bool = False) -> tuple[Dataset, dict[str, Any]]:
-        engine = Replayed(full, load(full.engine).chats)
+        engine = Replayed(full, chats)
         clear = Clear(engine=engine, cache=f"{folder}/{task}-{name}", confidence=estimator)
         how: dict[str, Any] = {"keep_in_memory": True, "load_from_cache_file": False, "new_fingerprint": name}
         scored = score_to_keep(rows, clear, **how) if adaptive else rows.map(clear.score, batched=True, **how)
@@ -67,6 +70,7 @@ def evaluate(task: str, args: argparse.Namespace, full: Cached, folder: str) -> 
     saved = {kind: 1 - fewer[1]["tokens"][kind] / max(every[1]["tokens"][kind], 1) for kind in ("prompt", "sampled")}
     return {
         "task": task, "half": args.half, "rows": len(rows), "wrong": len(rows) - sum(good),
+        "scores_revision": SCORES_REVISION, **this_run(),
         "threshold is that of all samples": gammas[0] == gammas[1],
         "equal decisions": sum(a == b for a, b in zip(*decisions, strict=True)),
         "share of tokens saved": {kind: round(share, 3) for kind, share in saved.items()},
@@ -103,19 +107,21 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, nargs="+", default=["squad_wrong_sentence", "gsm8k", "arc"])
     parser.add_argument("--rows", type=int, help="the first N rows only")
     parser.add_argument("--half", choices=["choose", "report"], default="report")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--cache", help="folder that keeps the answers of the full run")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     datasets.disable_progress_bars()
     model = str(fetch(args.model)) if args.model in MODELS else args.model
     result: dict[str, Any] = {"model": Path(model).name.removesuffix(".gguf"), "tasks": []}
-    result |= {"scores_revision": SCORES_REVISION, **this_run()}
     if args.out and args.out.exists():  # tasks of earlier runs stay
         result["tasks"] = [t for t in json.loads(args.out.read_text())["tasks"] if t["task"] not in args.task]
     with tempfile.TemporaryDirectory() as folder:
-        full = Cached(Transformers(model), args.cache or f"{folder}/full")
+        engine = VLLM(model, dtype="float32") if args.engine == "vllm" else Transformers(model)
+        chats = (vllm_process if args.engine == "vllm" else checkpoint).load(engine).chats
+        full = Cached(engine, args.cache or f"{folder}/full")
         for task in args.task:
-            result["tasks"].append(evaluate(task, args, full, folder))
+            result["tasks"].append(evaluate(task, args, full, chats, folder))
             print(json.dumps(result["tasks"][-1], indent=1), flush=True)
             if args.out:  # at once: a run that is ended keeps what it has
                 args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from clear_datasets import engines
@@ -150,10 +152,37 @@ def test_a_killed_process_leaves_no_engine(tiny):
     assert gone(lambda: of_environment("MARK", mark))
 
 
+@NEEDS_VLLM
+def test_replicas_on_ray_have_an_engine_each_and_one_that_is_killed_is_replaced_and_leaves_nothing(tiny, tmp_path):
+    work = f"""
+import numpy as np
+from clear_datasets import distributed
+two = distributed.score(ds, clear, replicas=2, batch_size=5, folder={str(tmp_path)!r})
+one = ds.map(Clear(engine=clear.engine, confidence=clear.confidence, cache=False).score, batched=True)
+close = np.allclose(one["clear_reflection"][:], two["clear_reflection"][:], atol=1e-3, equal_nan=True)
+print("alike:", two["clear_error"][:] == one["clear_error"][:], close, np.isfinite(one["clear_reflection"][:]).any())
+"""
+    log, seen, killed = (tmp_path / "log").open("w"), set[psutil.Process](), 0
+    command = [sys.executable, "-c", steps("VLLM", tiny) + work]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "RAY_worker_niceness": "0"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        while process.poll() is None:
+            time.sleep(0.5)
+            with suppress(psutil.Error):
+                running = psutil.Process(process.pid).children(recursive=True)
+                seen |= set(running)
+                cores = [p for p in running if not killed and "EngineCore" in " ".join(p.cmdline())]
+                if cores:
+                    killed = cores[0].ppid()
+                    os.kill(killed, signal.SIGKILL)  # its engine is loading, and its batch waits for it
+        told = process.communicate()[0]
+    assert killed
+    assert "alike: True True True" in told, (tmp_path / "log").read_text()[-3000:]
+    assert gone(lambda: [p.pid for p in seen if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
+
+
 def of_environment(name: str, value: str) -> list[int]:
     """Numbers of the processes that were started with a variable, their own children among them."""
-    import psutil
-
     found = []
     for process in psutil.process_iter():
         try:
