@@ -162,10 +162,13 @@ one = ds.map(Clear(engine=clear.engine, confidence=clear.confidence, cache=False
 close = np.allclose(one["clear_reflection"][:], two["clear_reflection"][:], atol=1e-3, equal_nan=True)
 print("alike:", two["clear_error"][:] == one["clear_error"][:], close, np.isfinite(one["clear_reflection"][:]).any())
 """
-    log, seen, killed = (tmp_path / "log").open("w"), set[psutil.Process](), 0
+    log, seen, killed = tmp_path / "log", set[psutil.Process](), 0
     command = [sys.executable, "-c", steps("VLLM", tiny) + work]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "RAY_worker_niceness": "0"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         while process.poll() is None:
             time.sleep(0.5)
             with suppress(psutil.Error):
@@ -177,7 +180,7 @@ print("alike:", two["clear_error"][:] == one["clear_error"][:], close, np.isfini
                     os.kill(killed, signal.SIGKILL)  # its engine is loading, and its batch waits for it
         told = process.communicate()[0]
     assert killed
-    assert "alike: True True True" in told, (tmp_path / "log").read_text()[-3000:]
+    assert "alike: True True True" in told, log.read_text()[-3000:]
     assert gone(lambda: [p.pid for p in seen if p.is_running() and p.status() != psutil.STATUS_ZOMBIE])
 
 
