@@ -150,10 +150,11 @@ def entries_of(out: Path) -> list[dict[str, Any]]:
 
 
 def write(out: Path, key: dict[str, Any], good: list[bool], told: dict[str, Any]) -> None:
-    """Put the entry of these rows into the file; those of others stay."""
-    others = [entry for entry in entries_of(out) if entry | key != entry]
-    methods = {name: told[name] for name in METHODS if name in told}
-    text = json.dumps([*others, {**key, "good": list(map(int, good)), "methods": methods}], indent=1)
+    """Put the entry of these rows into the file, into its old place; those of others stay."""
+    entries, methods = entries_of(out), {name: told[name] for name in METHODS if name in told}
+    place = next((i for i, entry in enumerate(entries) if entry | key == entry), len(entries))
+    entries[place : place + 1] = [{**key, "good": list(map(int, good)), "methods": methods}]
+    text = json.dumps(entries, indent=1)
     inner = re.compile(r"\[[^\[\]{}\"]*\]|\{[^\[\]{}]*\}")  # on one line
     out.write_text(inner.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 

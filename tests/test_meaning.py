@@ -38,7 +38,7 @@ def test_half_of_the_rows_hold_most_of_the_right_ones(scored):
 
 
 def test_copied_sentences_are_found_where_the_instruction_comes_first(rows, half_billion):
-    noisy = noise.wrong_sentence(rows, fraction=0.5)
+    noisy = noise.wrong_sentence(rows.select(range(12)), fraction=0.5)
     alpaca = noisy.rename_columns({"question": "instruction", "context": "input", "answer": "output"})
     scored = alpaca.map(Clear(half_billion, confidence=BSDetector(alpha=0, beta=1)).score, batched=True)
     assert auroc(scored["clear_confidence"], [not n for n in scored["noise"]]) > 0.75
