@@ -16,7 +16,7 @@ DATA = Path(__file__).parent.parent / "scripts" / "data"
 
 @pytest.fixture(scope="module")
 def rows():
-    return Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "choose").select(range(100, 124))
+    return Dataset.from_json(str(DATA / "squad.jsonl")).filter(lambda r: r["half"] == "choose").select(range(100, 116))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def scored(rows, half_billion):
 
 
 def test_wrong_answers_score_lower(scored):
-    assert scored["clear_error"][:] == [""] * 24
+    assert scored["clear_error"][:] == [""] * 16
     good = [not n for n in scored["noise"]]
     assert auroc(scored["clear_confidence"], good) > 0.8
     assert auroc(scored["clear_consistency"], good) > 0.8
@@ -33,8 +33,8 @@ def test_wrong_answers_score_lower(scored):
 
 def test_half_of_the_rows_hold_most_of_the_right_ones(scored):
     kept = scored.filter(above(threshold(scored)))
-    assert len(kept) == 12
-    assert sum(not n for n in kept["noise"]) >= 9
+    assert len(kept) == 8
+    assert sum(not n for n in kept["noise"]) >= 6
 
 
 def test_copied_sentences_are_found_where_the_instruction_comes_first(rows, half_billion):
