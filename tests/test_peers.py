@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def compare(out: Path, *methods: str, rows: int = 50) -> dict[str, dict]:
+def compare(out: Path, *methods: str, rows: int = 400) -> dict[str, dict]:
     command = [sys.executable, "scripts/benchmark_peers.py", "--model", "any", "--task", "squad_wrong_sentence"]
-    command += ["--rows", str(rows), "--block", "20", "--methods", *methods, "--out", str(out)]
+    command += ["--rows", str(rows), "--block", "150", "--methods", *methods, "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     (entry,) = json.loads(out.read_text())
     assert (entry["rows"], entry["good"].count(0)) == (400, entry["wrong"])
@@ -22,12 +22,12 @@ def compare(out: Path, *methods: str, rows: int = 50) -> dict[str, dict]:
 
 
 def test_a_run_goes_on_where_it_ended(tmp_path):
-    out = tmp_path / "peers.json"
-    assert compare(out, "length", rows=20)["length"]["summary"]["rows"] == 20
-    told = compare(out, "length")
-    assert [block["rows"] for block in told["length"]["blocks"]] == [20, 20, 20]
-    assert told["length"]["summary"]["rows"] == 60
+    told = compare(tmp_path / "at_once.json", "length")
+    assert [block["rows"] for block in told["length"]["blocks"]] == [150, 150, 100]
+    assert told["length"]["summary"]["rows"] == 400
     assert told["length"]["summary"]["auroc"][0] > 0.9  # a sentence is longer than an answer
+    out = tmp_path / "peers.json"
+    assert compare(out, "length", rows=100)["length"]["scores"] == told["length"]["scores"][:150]  # a whole block
     again = compare(out, "length", "random")
     assert list(again) == ["length", "random"]
     assert again["length"]["scores"] == told["length"]["scores"]
