@@ -137,9 +137,9 @@ class Adaptive:
     def __call__(self, examples: Sequence[Example], engine: Engine, earlier: Bounded | None = None) -> Bounded:
         """See `Estimator`; rows of one prompt share their samples, and go on together."""
         known = engine if isinstance(engine, Cached) else _Remembering(engine)
-        prompt = np.unique(
-            [repr(prompts.sample(e.prompt, self.detector.samples)) for e in examples], return_inverse=True
-        )[1]
+        seen: dict[str, int] = {}
+        asked = (repr(prompts.sample(e.prompt, self.detector.samples)) for e in examples)
+        prompt = np.array([seen.setdefault(text, len(seen)) for text in asked], dtype=np.int64)
         found = self._begun(examples, known) if earlier is None else earlier
         while (going := self._going(found, prompt)).any():
             drawn = np.zeros(len(prompt), dtype=np.int32)
@@ -178,7 +178,7 @@ class Adaptive:
         found.least[:], found.most[:] = fixed - self._margin, fixed + detector.beta * detector.alpha + self._margin
         found.consistency[:] = detector.alpha / 2 + (1 - detector.alpha) * read.agreement
         found.confidence[:] = fixed + detector.beta * detector.alpha / 2
-        alone = detector.similarity([(e.response, e.response) for e in examples], engine)
+        alone = detector.compared([(e.response, e.response) for e in examples], engine)
         found.confidence[np.isnan(alone)] = np.nan
         for values in (found.least, found.most, found.confidence, found.consistency):
             values[[bool(e) for e in found.errors]] = np.nan

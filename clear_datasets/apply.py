@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
     D = TypeVar("D", Dataset, DatasetDict)
 
-OURS = tuple(
-    f"clear_{name}" for name in ("confidence", "consistency", "reflection", "least", "most", "drawn", "error",
-                                 "candidate", "agreed", "preference", "position_bias", "decision", "original")
-)  # fmt: skip
+OURS = {  # our columns, and their types
+    "clear_confidence": "float32", "clear_consistency": "float32", "clear_reflection": "float32",
+    "clear_least": "float32", "clear_most": "float32", "clear_drawn": "int32", "clear_error": "string",
+    "clear_candidate": "string", "clear_agreed": "bool", "clear_preference": "float32",
+    "clear_position_bias": "float32", "clear_decision": "string", "clear_original": "string",
+}  # fmt: skip
 
 
 def curated(ds: D, format: Format | None = None) -> D:

@@ -25,7 +25,7 @@ def ask(engine: Engine, errors: list[str], asks_of: Callable[[int], Asks]) -> di
         except PromptError as error:
             for position, reason in error.reasons.items():
                 for row in batch.owners[position]:
-                    errors[left[row]] = reason
+                    errors[left[row]] = reason or "the engine refuses this prompt, and gives no reason"
     return {}
 
 

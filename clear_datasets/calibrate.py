@@ -133,7 +133,7 @@ def calibrate(
     fitted = replace(clear, confidence=replace(chosen.estimator, alpha=weights[0], beta=weights[1]))
     return Calibration(
         fitted, _gamma(scores, good), signals, _thresholds(scores, good),
-        _scored(sample, scores, chosen), notes,
+        _scored(sample, scores, chosen, weights[0]), notes,
     )  # fmt: skip
 
 
@@ -295,8 +295,8 @@ def share(hits: npt.NDArray[np.bool_]) -> Interval:
     return p, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def _scored(sample: Dataset, scores: Scores, chosen: _Tried) -> Dataset:
-    added: dict[str, npt.NDArray[Any]] = {"clear_confidence": scores, "clear_consistency": chosen.found.consistency,
+def _scored(sample: Dataset, scores: Scores, chosen: _Tried, alpha: float) -> Dataset:
+    added: dict[str, npt.NDArray[Any]] = {"clear_confidence": scores, "clear_consistency": chosen.scores(alpha, 1.0),
              "clear_reflection": chosen.found.reflection}  # fmt: skip
     rows = sample
     for name, values in added.items():

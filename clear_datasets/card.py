@@ -98,7 +98,7 @@ def card(
     return Body(values, image.getvalue(), data)
 
 
-def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[str, str]]], repo: str) -> str:
+def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[str, Any]]], repo: str) -> str:
     """The card of a repository with ours in it; what its owner wrote, other configs and other fields stay.
 
     Args:
@@ -122,11 +122,11 @@ def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[
         if name in theirs_to_say:
             continue
         both = isinstance(value, list) and name not in ("size_categories", "annotations_creators")
-        data[name] = list(dict.fromkeys([*_list(data.get(name)), *value])) if both else value
+        data[name] = list(dict.fromkeys([*as_list(data.get(name)), *value])) if both else value
     theirs = [c for c in data.get("configs") or [] if c.get("config_name") not in configs]
     data["configs"] = [*({"config_name": c, "data_files": list(f)} for c, f in configs.items()), *theirs]
     # Sizes and features of older rows would be compared with the new ones.
-    infos = [i for i in _list(data.pop("dataset_info", None)) if i.get("config_name", "default") not in configs]
+    infos = [i for i in as_list(data.pop("dataset_info", None)) if i.get("config_name", "default") not in configs]
     if infos:
         data["dataset_info"] = infos
     empty = DatasetCard(EMPTY)
@@ -134,7 +134,8 @@ def merged(old: DatasetCard, body: Body, configs: Mapping[str, Sequence[Mapping[
     return f"---\n{empty.data.to_yaml()}\n---\n\n{text}\n"
 
 
-def _list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """What YAML may hold once, several times or not at all."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 

@@ -10,7 +10,8 @@ import typer
 
 from clear_datasets import cache_commands, options, results
 from clear_datasets.apply import OURS
-from clear_datasets.files import check_out, load, write
+from clear_datasets.files import check_out, write
+from clear_datasets.reading import load
 from clear_datasets.terminal import calibration_tables, clear_errors, console, cost_table, summary
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def score(
 ) -> None:
     """Add confidence columns to every row of SRC."""
     with clear_errors(2):
-        check_out(out, src)
+        check_out(out, src, *([results.shard_file(out)] if shard else []))
         stages = options.stages(out, batch_size, replicas, ray, shard)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
@@ -139,7 +140,7 @@ def curate(
 
     with clear_errors(2):
         audit = results.audit_file(out)
-        check_out(out, src)
+        check_out(out, src, results.settings_file(out))
         check_out(audit, src)
         if not correct and (writer or finetune or keep_agreed or rounds > 1):
             raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")

@@ -169,6 +169,17 @@ class BSDetector:
         """
         return min(self.max_tokens, 32 + len(response.encode())) if self.samples == "direct" else self.max_tokens
 
+    def compared(self, pairs: Sequence[tuple[str, str]], engine: Engine) -> Scores:
+        """How far the two texts of each pair agree, by the similarity.
+
+        Raises:
+            ValueError: It gives more or fewer numbers than there are pairs.
+        """
+        found = self.similarity(pairs, engine) if pairs else np.zeros(0, dtype=np.float32)
+        if len(found) != len(pairs):
+            raise ValueError(f"{self.similarity} gave {len(found)} numbers for {len(pairs)} pairs; expected one each")
+        return found
+
     @classmethod
     def paper(cls) -> BSDetector:
         """The configuration of the paper."""
@@ -281,7 +292,7 @@ class _Run:
         samples = {i: [prompts.answer_of(t, settings.samples) for a in answers.generated for t in a]
                    for i, answers in first.items()}  # fmt: skip
         pairs = [(responses[i], sample) for i in first for sample in samples[i]]
-        similar = iter(settings.similarity(pairs, self.engine) if pairs else ())
+        similar = iter(settings.compared(pairs, self.engine))
         for i, answers in first.items():
             agreement = (
                 _calibrated(*answers.read)

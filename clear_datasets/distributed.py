@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clear_datasets.engines import EngineError
 from clear_datasets.engines.cache import COUNTS
-from clear_datasets.files import load, write_folder
+from clear_datasets.files import check_folder, write_folder
 from clear_datasets.formats import FormatError
+from clear_datasets.reading import load
 from clear_datasets.stages import Span, Stages, Step, added_by, batch_size_on
 
 if TYPE_CHECKING:
@@ -60,21 +61,22 @@ def score(
             that this process is part of or ``RAY_ADDRESS`` names, else one is started on this machine.
         folder: Where batches are kept. It is on the machine that calls this: workers need no shared file system.
         batch_size: Rows of a batch: by default 1,000 on GPUs and 64 else, or fewer, so that each replica gets four.
-        out: Where to write the result, too: a folder that gets Parquet files of 100,000 rows.
+        out: Where to write the result, too: a folder that gets Parquet files of 100,000 rows, in place of such files
+            that were written before.
 
     Returns:
         The rows with the columns of `Clear.score`.
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: The cluster has not the GPUs or CPUs for one replica.
+        ValueError: The cluster has not the GPUs or CPUs for one replica, or `out` holds other things.
         EngineError: An engine failed on every batch that was left; those that are done are kept.
 
     Examples:
         >>> from clear_datasets import Clear
         >>> scored = score("data/*.parquet", Clear("Qwen/Qwen2.5-7B-Instruct"), replicas=8)  # doctest: +SKIP
     """
-    rows, stages = _prepared(ds, clear, replicas, gpus_per_replica, address, folder, batch_size)
+    rows, stages = _prepared(ds, replicas, gpus_per_replica, address, folder, batch_size, out)
     return _written(stages.score(rows, clear), out)
 
 
@@ -109,7 +111,7 @@ def correct(
     """
     if clear.writer is None:
         raise ValueError("no model writes candidates: clear = clear.with_writer('folder of an adapter or model')")
-    rows, stages = _prepared(ds, clear, replicas, gpus_per_replica, address, folder, batch_size)
+    rows, stages = _prepared(ds, replicas, gpus_per_replica, address, folder, batch_size, out)
     return _written(stages.correct(rows, clear), out)
 
 
@@ -321,10 +323,12 @@ def check(replicas: Replicas) -> None:
 
 
 def _prepared(
-    ds: Dataset | str, clear: Clear, replicas: Replicas, gpus: float | None, address: str | None,
-    folder: str | os.PathLike[str], batch_size: int | None,
+    ds: Dataset | str, replicas: Replicas, gpus: float | None, address: str | None,
+    folder: str | os.PathLike[str], batch_size: int | None, out: str | os.PathLike[str] | None,
 ) -> tuple[Dataset, RayStages]:  # fmt: skip
     check(replicas)
+    if out is not None:
+        check_folder(Path(out), ds if isinstance(ds, str) else None, Path(folder))
     rows = load(ds, None, None, None, None) if isinstance(ds, str) else ds.with_format(None)
     return rows, RayStages(Path(folder), batch_size or 0, replicas=replicas, gpus=gpus, address=address)
 

@@ -1,4 +1,4 @@
-"""Datasets from and to files, chosen by their endings. What goes in comes out as it was."""
+"""Datasets to files, chosen by their endings: what `reading` took in comes out as it was."""
 
 from __future__ import annotations
 
@@ -7,118 +7,36 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from glob import escape, glob
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from clear_datasets.reading import LOADERS, is_folder_of_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}  # "None" and "N/A" are answers
 
-
-def load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
-    """Rows of a Hub dataset, of files that match a glob, of a `save_to_disk` folder, or of a folder of files.
-
-    Raises:
-        FileNotFoundError: No file matches.
-        ValueError: There is a choice of splits, files of several kinds, no row, or an option that SRC does not have.
-    """
-    import datasets
-
-    path = Path(src)
-    if path.is_dir() and not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
-        kinds = sorted({f.suffix for f in path.iterdir() if f.suffix in LOADERS})
-        if len(kinds) != 1:
-            raise ValueError(
-                f"{src} is a folder without a saved dataset, and with {' and '.join(kinds) or 'no data'} files: "
-                f"give its files, as in '{src}/*.parquet'"
-            )
-        src = str(Path(escape(src)) / f"*{kinds[0]}")
-        path = Path(src)
-    local = path.exists() or path.suffix in LOADERS or any(c in src for c in "*?[")
-    if local and (config or revision):
-        raise ValueError(f"--config and --revision are of Hub datasets; {src} is none")
-    if path.is_dir():
-        loaded = datasets.load_from_disk(src)
-    elif local:
-        loaded = _load_files(src)
-    else:
-        loaded = datasets.load_dataset(src, config, revision=revision)
-    if isinstance(loaded, dict):
-        if split is None and len(loaded) > 1:
-            raise ValueError(f"{src} has the splits {', '.join(loaded)}: choose one with --split")
-        if split is not None and split not in loaded:
-            raise ValueError(f"{src} has no split {split!r}; it has {', '.join(loaded)}")
-        loaded = loaded[split or next(iter(loaded))]
-    elif split:
-        raise ValueError(f"{src} has no splits: leave --split out")
-    if not len(loaded):
-        raise ValueError(f"{src} has no rows")
-    taken: Dataset = loaded.with_format(None).select(range(min(limit or len(loaded), len(loaded))))
-    return taken
-
-
-def _load_files(src: str) -> Dataset:
-    import datasets
-
-    files = [src] if Path(src).is_file() else sorted(glob(src, recursive=True))
-    kinds = {Path(f).suffix for f in files}
-    if not files:
-        raise FileNotFoundError(f"no file matches {src}")
-    if len(kinds) > 1 or not kinds <= set(LOADERS):
-        raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
-    kind = LOADERS[kinds.pop()]
-    loaded: Dataset = datasets.load_dataset(kind, data_files=files, split="train", **_OPTIONS.get(kind, {}))
-    if kind == "json" and ((texts := _texts(loaded.features)) != loaded.features or any(map(_is_array, files))):
-        known = [(f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files]  # into the name of the cache
-        loaded = datasets.Dataset.from_generator(
-            _json_rows, features=datasets.Features(texts), gen_kwargs={"files": known, "names": [list(texts)]}
-        )
-    return loaded
-
-
-def _texts(feature: Any) -> Any:
-    """A feature with texts in place of times: JSON has none, but the loader takes texts like dates for them."""
-    from datasets import Value
-
-    if isinstance(feature, Value):
-        return Value("string") if feature.dtype.startswith(("timestamp", "date", "time")) else feature
-    if isinstance(feature, Mapping):
-        return {name: _texts(inner) for name, inner in feature.items()}
-    return type(feature)(_texts(feature.feature)) if hasattr(feature, "feature") else feature
-
-
-def _is_array(file: str) -> bool:
-    """Whether a file is one JSON array: the loader of datasets 4 reads it by pandas, which rounds numbers."""
-    with open(file, encoding="utf-8-sig") as f:
-        return f.read(4096).lstrip().startswith("[")
-
-
-def _json_rows(files: Sequence[tuple[str, int, int]], names: Sequence[list[str]]) -> Iterator[dict[str, Any]]:
-    for file, *_ in files:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if _is_array(file) else map(json.loads, filter(str.strip, text.split("\n")))
-        for row in rows:
-            yield {name: row.get(name) for name in names[0]}
-
-
-def check_out(out: Path, src: str) -> None:
+def check_out(out: Path, src: str, *beside: Path) -> None:
     """Refuse what `write` could not write or should not replace, before anything is paid for.
+
+    Args:
+        out: What is to be written.
+        src: Where the rows come from: a file, a folder or a glob, or a dataset of the Hub.
+        beside: What else is written.
 
     Raises:
         ValueError: The ending is unknown, a folder stands for a file or a file for a folder, the folder holds other
-            things than a dataset, or OUT is SRC or one of its files.
+            things than a dataset, or OUT is SRC or one of its files, or would be one at the next run.
     """
     if out.suffix and out.suffix not in LOADERS:
         raise ValueError(
             f"cannot write {out.suffix} files: end OUT in {', '.join(LOADERS)}, or give a folder without an ending"
         )
-    if any(_matches(made, src) for made in (out, out.with_name("clear_stages") / "score" / "0.parquet")):
+    if any(_matches(made, src) for made in (out, *beside, out.with_name("clear_stages") / "score" / "0.parquet")):
         raise ValueError(f"SRC, {src}, means {out} or what is kept beside it, too: give an OUT in another folder")
     if not out.exists():
         return
@@ -132,8 +50,39 @@ def check_out(out: Path, src: str) -> None:
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
 
 
+def check_folder(out: Path, src: str | None, kept: Path) -> None:
+    """Refuse a folder that `write_folder` should not replace, before anything is paid for.
+
+    Args:
+        out: What is to be written.
+        src: Where the rows come from; None where they are in memory.
+        kept: The folder of what is done so far.
+
+    Raises:
+        ValueError: OUT is no folder, or holds other things than such rows, the source, or what is done so far.
+    """
+    taken = [] if src is None else [Path(f) for f in ([src] if Path(src).exists() else glob(src, recursive=True))]
+    if any((f if f.is_dir() else f.parent).resolve() == out.resolve() for f in taken):
+        raise ValueError(f"OUT, {out}, is where the rows come from: give another one, the source stays as it is")
+    if Path(os.path.abspath(kept)).is_relative_to(os.path.abspath(out)):
+        raise ValueError(f"{kept}, where batches are kept, is inside of OUT, {out}: give another OUT, as {out}/rows")
+    if out.exists() and (not out.is_dir() or not all(map(_is_scored, out.iterdir()))):
+        raise ValueError(f"{out} is there, with other things than rows that were scored before: give another OUT")
+
+
+def _is_scored(file: Path) -> bool:
+    """Whether `write_folder` may have written a file; the Hub names others so, too."""
+    import pyarrow.parquet as pq
+
+    with suppress(ValueError, OSError):
+        return fnmatch(file.name, "train-?????-of-?????.parquet") and "clear_error" in pq.read_schema(file).names
+    return False
+
+
 def _matches(file: Path, pattern: str) -> bool:
-    """Whether a glob means a file, be it there or not."""
+    """Whether a glob, or a folder of files, means a file, be it there or not."""
+    if is_folder_of_files(Path(pattern)):
+        return file.suffix in LOADERS and file.parent.resolve() == Path(pattern).resolve()
     if Path(pattern).exists() or not any(c in pattern for c in "*?["):
         return False
     wanted, parts = Path(os.path.abspath(pattern)).parts, Path(os.path.abspath(file)).parts
@@ -181,7 +130,7 @@ def _beside(out: Path) -> Iterator[Path]:
     part, old = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
     try:
         yield part
-        if out.is_dir():  # a dataset and nothing else: see check_out
+        if out.is_dir():  # a dataset and nothing else: see check_out and check_folder
             out.rename(old)
         part.rename(out)
     except OSError as error:

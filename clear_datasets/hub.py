@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import random
 import re
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clear_datasets.apply import OURS
-from clear_datasets.card import EMPTY, IMAGE, Body, card, merged, origin
+from clear_datasets.card import EMPTY, IMAGE, Body, as_list, card, merged, origin
 from clear_datasets.files import write
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi
 
     from clear_datasets import Clear
 
@@ -47,8 +48,9 @@ def push_to_hub(
 
     Config ``default`` holds the curated rows in the source's own columns, config ``audit`` every row with what was
     found and decided. Before that commit nothing changes: a push that breaks off leaves the old revision as it was,
-    and the next one does not upload again what is there. Other configs of the repository stay, and so does what its
-    owner wrote into the card. What a busy Hub refuses (412, 429, 5xx) is tried again.
+    and the next one does not upload again what is there. Other configs of the repository stay, other splits of these
+    two (of the same columns, else they cannot be loaded together), and what its owner wrote into the card. What a busy
+    Hub refuses (412, 429, 5xx) is tried again.
 
     Args:
         curated: What `curated` made.
@@ -178,7 +180,8 @@ def _commit(
         old = DatasetCard(EMPTY)
     ours, new = tuple(f"{_folder(c)}/{s}-" for c in rows for s in rows[c]), {f.path_in_repo for f in files}
     gone = [f.rfilename for f in there.siblings or () if f.rfilename.startswith(ours) and f.rfilename not in new]
-    configs = {config: [{"split": s, "path": f"{_folder(config)}/{s}-*"} for s in rows[config]] for config in rows}
+    left = [f.rfilename for f in there.siblings or () if f.rfilename not in gone]
+    configs = {config: _data_files(old, config, rows[config], left) for config in rows}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *files,
         *([CommitOperationAdd(IMAGE, body.image)] if body.image else []),
@@ -190,6 +193,20 @@ def _commit(
         parent_commit=there.sha,
     )  # fmt: skip
     return str(done.commit_url)
+
+
+def _data_files(card: DatasetCard, config: str, pushed: Iterable[str], left: list[str]) -> list[dict[str, Any]]:
+    """Those of a config: of the splits that are pushed, and of others that are there."""
+    configs = {c.get("config_name"): c.get("data_files") for c in card.data.get("configs") or []}
+    known = configs.get(config)
+    if known is None:  # found by their names, as datasets does
+        names = (re.fullmatch(rf"{_folder(config)}/([\w.]+)-\d{{5}}-of-\d{{5}}\.parquet", file) for file in left)
+        known = [{"split": name[1], "path": f"{_folder(config)}/{name[1]}-*"} for name in names if name]
+    elif isinstance(known, str) or all(isinstance(f, str) for f in known):
+        known = [{"split": "train", "path": known}]
+    paths = {f["split"]: f["path"] for f in known if any(fnmatch.filter(left, p) for p in as_list(f["path"]))}
+    paths |= {split: f"{_folder(config)}/{split}-*" for split in pushed}
+    return [{"split": split, "path": path} for split, path in paths.items()]
 
 
 def _again(call: Callable[[], T]) -> T:

@@ -179,7 +179,7 @@ def _texts(rows: Dataset, chosen: list[int], format: Format | None) -> list[dict
     return [{"i": i, **_shown(row, form)} for i, row in zip(chosen, rows.select(chosen), strict=True)]
 
 
-def _shown(row: Mapping[str, Any], form: Format) -> dict[str, str]:
+def _shown(row: Mapping[str, Any], form: Format) -> dict[str, Any]:
     try:
         example = form.read(row)
         prompt, target = example.prompt[-1]["content"], example.response
@@ -188,4 +188,6 @@ def _shown(row: Mapping[str, Any], form: Format) -> dict[str, str]:
     more = {name: row.get(column) for name, column in
             (("candidate", "clear_candidate"), ("error", "clear_error"), ("noise", "noise"))}  # fmt: skip
     texts = {"prompt": prompt, "target": target, **{name: text for name, text in more.items() if text}}
-    return {name: text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …" for name, text in texts.items()}
+    shown = {name: text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …" for name, text in texts.items()}
+    cut = [name for name, text in texts.items() if len(text) > _LONGEST]
+    return {**shown, "cut": cut} if cut else shown

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clear_datasets import options
-from clear_datasets.files import check_out, load, write, write_text
+from clear_datasets.files import check_out, write, write_text
+from clear_datasets.reading import load
 from clear_datasets.terminal import clear_errors, console, visible
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from clear_datasets import Clear
     from clear_datasets.stages import Stages
+
+_SHARD = ".shard.json"
 
 _Made = Annotated[Path, typer.Argument(metavar="OUT", help="What score or curate has written.")]
 
@@ -83,7 +86,7 @@ def keep_shard(out: Path, clear: Clear, stages: Stages, rows: int) -> None:
 
     number, of = stages.shard
     record = {"shard": number, "of": of, "rows": rows, "settings": settings_of(clear)}
-    write_text(_shard_file(out), json.dumps(record, indent=1, default=str) + "\n")
+    write_text(shard_file(out), json.dumps(record, indent=1, default=str) + "\n")
 
 
 def merge(
@@ -99,12 +102,12 @@ def merge(
         for pattern in parts:
             check_out(out, pattern)
     with clear_errors():
-        files = sorted({Path(f) for p in parts for f in ([p] if Path(p).exists() else glob(p))})
+        found = {f for p in parts for f in ([p] if Path(p).exists() else glob(p)) if not f.endswith(_SHARD)}
+        files = sorted(map(Path, found))
         known = {file: _shard(file) for file in files}
         ordered = sorted(files, key=lambda file: known[file]["shard"])
         _check_shards(ordered, known, parts)
-        found = [load(str(file), None, None, None, None) for file in ordered]
-        whole = concatenate_datasets(found)
+        whole = concatenate_datasets([load(str(file), None, None, None, None) for file in ordered])
         rows = known[ordered[0]]["rows"]
         if len(whole) != rows:
             raise ValueError(f"the parts have {len(whole):,} rows, the source had {rows:,}: score --shard again")
@@ -132,7 +135,7 @@ def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], pa
 
 
 def _shard(file: Path) -> dict[str, Any]:
-    beside = _shard_file(file)
+    beside = shard_file(file)
     if not beside.is_file():
         raise ValueError(
             f"{beside} is not there, which score --shard wrote: is {file} a part, and was it copied along?"
@@ -153,12 +156,12 @@ def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:
     if isinstance(clear.format, Columns):
         more["columns"] = {name: column for name, column in asdict(clear.format).items() if column}
     record = {**settings_of(clear), **more, "command": shlex.join(["clear-datasets", *arguments])}
-    write_text(_settings_file(out), json.dumps(record, indent=1, default=str) + "\n")
+    write_text(settings_file(out), json.dumps(record, indent=1, default=str) + "\n")
 
 
 def kept_settings(out: Path) -> dict[str, Any]:
     """What `keep_settings` has kept."""
-    file = _settings_file(out)
+    file = settings_file(out)
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return dict(found)
 
@@ -169,12 +172,14 @@ def _split(argument: str) -> tuple[str, str, str]:
     return (name, is_, value) if is_ and name.startswith("--") else ("", "", argument)
 
 
-def _settings_file(out: Path) -> Path:
+def settings_file(out: Path) -> Path:
+    """Where `curate` keeps what made OUT."""
     return out.with_name(out.name + ".settings.json")
 
 
-def _shard_file(out: Path) -> Path:
-    return out.with_name(out.name + ".shard.json")
+def shard_file(out: Path) -> Path:
+    """Where ``score --shard`` keeps which part of the rows OUT is."""
+    return out.with_name(out.name + _SHARD)
 
 
 def audit_file(out: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from glob import escape
@@ -51,7 +52,7 @@ class Stages:
                 write(added, _file(folder, a, b))
                 advance(b - a, False)
         files = [_file(folder, *batch) for batch in batches]
-        added = Dataset.from_parquet([escape(str(file)) for file in files])
+        added = Dataset.from_parquet([escape(os.path.abspath(file)) for file in files])
         taken = rows if end - first == len(rows) else rows.select(range(first, end))
         others = taken.remove_columns([c for c in rows.column_names if c in added.column_names])
         whole = concatenate_datasets([others, added], axis=1)
@@ -63,7 +64,8 @@ class Stages:
         """The mark of a step on rows, the folder of its batches, these, and which of them are not there."""
         from datasets.fingerprint import Hasher
 
-        mark = Hasher.hash((rows._fingerprint, step))
+        clear = replace(step.__self__, cache=None)  # type: ignore[attr-defined]  # where answers are kept changes none
+        mark = Hasher.hash((rows._fingerprint, getattr(clear, step.__name__)))
         folder = self.folder / f"{name}-{mark}"
         known = {int(start): int(end) for start, _, end in (f.stem.partition("-") for f in folder.glob("*.parquet"))}
         batches = list(_batches(*self.part(len(rows)), known, size))
@@ -137,12 +139,16 @@ def usual_batch_size() -> int:
     return batch_size_on(torch.cuda.device_count() > 0)
 
 
+def _has_score(confidence: float | None) -> bool:
+    return confidence is not None and not math.isnan(confidence)  # JSON holds null for nan
+
+
 def train_writer(decided: Dataset, clear: Clear) -> None:
     """Fine-tune the model on the rows that are decided for, into the place of the writer."""
     from clear_datasets import curated
     from clear_datasets.finetune import finetune
 
     assert clear.writer is not None
-    rows = curated(decided, clear.format).filter(lambda c: not math.isnan(c), input_columns="clear_confidence")
+    rows = curated(decided, clear.format).filter(_has_score, input_columns="clear_confidence")
     console.print(f"fine-tuning on {len(rows):,} rows, into {clear.writer}")
     finetune(rows, clear.model, clear.writer, revision=clear.revision, format=clear.format)

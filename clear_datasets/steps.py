@@ -16,7 +16,7 @@ from clear_datasets.confidence import BSDetector, Estimator
 from clear_datasets.decide import BOUNDS
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.cache import cached
-from clear_datasets.engines.checkpoint import stamp
+from clear_datasets.engines.checkpoint import commit_of, stamp
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 from clear_datasets.preference import ByConfidence, Preference
 
@@ -80,10 +80,17 @@ class Clear:
         object.__setattr__(self, "cache", os.fspath(self.cache) if isinstance(self.cache, os.PathLike) else self.cache)
 
     def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"stamp": stamp(self.model), "writer_stamp": ""}
+        model = self.engine.identity if self.engine else self._state_of(self.model, self.revision)
+        own: dict[str, Any] = {"stamp": model, "writer_stamp": ""}
         if self.writer:  # the scores of others stay, whatever becomes of candidates
-            own = {**own, "writer_stamp": stamp(self.writer), "revisions": (CANDIDATES_REVISION, PREFERENCES_REVISION)}
+            revisions = (CANDIDATES_REVISION, PREFERENCES_REVISION)
+            own = {**own, "writer_stamp": self._state_of(self.writer, None), "revisions": revisions}
         return {**self.__dict__, **own}  # a model that was retrained in its place scores anew
+
+    def _state_of(self, model: str, revision: str | None) -> str:
+        """The state of a model's files, or its commit on the Hub where it is not what a server calls it."""
+        loads = self.engine is None or hasattr(self.engine, "adapter")
+        return stamp(model) or (commit_of(model, revision) if loads else "")
 
     def with_writer(self, writer: str | os.PathLike[str], gamma: float | None = None) -> Clear:
         """The same, with a model that writes candidates: this one, fine-tuned on the rows that were kept.

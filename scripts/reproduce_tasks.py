@@ -12,8 +12,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from clear_datasets.files import load
 from clear_datasets.formats import infer_rows
+from clear_datasets.reading import load
 
 Row = Mapping[str, Any]
 

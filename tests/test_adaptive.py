@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -280,3 +281,15 @@ def test_a_cached_engine_gives_the_samples_that_are_asked_for(asked, user):
     assert engine.answer(replace(asks, first=[1])).generated == [["other !!", "same !!!"]]
     close_stores()
     assert engine.answer(asks).generated == [["same !", "other !!", "same !!!"]]
+
+
+def test_one_long_prompt_takes_no_memory_for_every_row():
+    prompts = ["x" * 400_000, *(f"Q{i}?" for i in range(199))]
+    examples = [Example([{"role": "user", "content": p}], "same ?") for p in prompts]
+    adaptive = Adaptive(BSDetector(k=3), 0.5, 0.5)
+    tracemalloc.start()
+    found = adaptive(examples, Scripted())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 50_000_000  # not 200 * 400,000 * 4
+    assert [bool(e) for e in found.errors] == [True] + [False] * 199

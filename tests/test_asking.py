@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
 
 from clear_datasets import BSDetector, Example
 from clear_datasets.asking import ask
-from clear_datasets.engines import Answers, Asks
+from clear_datasets.engines import Answers, Asks, Messages, PromptError
 from tests.conftest import Scripted
 
 
@@ -48,3 +53,33 @@ def test_a_refused_prompt_is_refused_for_every_row_of_it():
     assert [bool(error) for error in errors] == [True, False, True, True]
     assert {i: answers.generated for i, answers in found.items()} == {1: [["Rome"]]}
     assert found[1].chosen.shape == (1, 2)
+
+
+class Mute(Counting):
+    def choose(self, prompts: Sequence[Messages], labels: Sequence[str]) -> np.ndarray:
+        reasons = {i: "" for i, p in enumerate(prompts) if "Who?" in p[-1]["content"]}
+        if reasons:
+            raise PromptError(reasons)
+        return super().choose(prompts, labels)
+
+
+def test_a_refusal_without_a_reason_gets_one():
+    errors = ["", ""]
+    found = ask(Mute(), errors, lambda i: Asks(choose=[say(("Where?", "Who?")[i])], labels=("Yes", "No")))
+    assert list(found) == [0]
+    assert errors == ["", "the engine refuses this prompt, and gives no reason"]
+
+
+class Narrow(Scripted):
+    """Refuses only to write to one prompt."""
+
+    def generate(self, prompts: Sequence[Messages], **how: Any) -> list[list[str]]:
+        if reasons := {i: "no room" for i, p in enumerate(prompts) if "Who?" in p[-1]["content"]}:
+            raise PromptError(reasons)
+        return super().generate(prompts, **how)
+
+
+def test_a_refusal_is_that_of_its_prompt_where_others_lack_fewer_samples():
+    with pytest.raises(PromptError) as caught:
+        Narrow().answer(Asks([say(t) for t in ("Where?", "Who?", "When?")], 8, 1.0, first=[5, 0, 5]))
+    assert caught.value.reasons == {1: "no room"}

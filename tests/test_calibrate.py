@@ -41,6 +41,7 @@ def test_signals_that_tell_nothing_have_no_weight_and_are_named():
     assert found.signals["direct, Jaccard: reflection"][0] == found.signals["direct, Jaccard: agreement"][0] == 0.5
     assert (found.clear.confidence.alpha, found.clear.confidence.beta) == (1, 1)
     assert found.clear.confidence.k == 5
+    np.testing.assert_allclose(found.rows["clear_consistency"][:], found.rows["clear_confidence"][:])  # beta is 1
     named = "\n".join(found.notes)
     assert "reflection of direct, Jaccard tells nothing" in named
     assert "agreement of direct, Jaccard tells nothing" in named

@@ -137,8 +137,9 @@ def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_pa
     assert fresh.returncode == 0, fresh.stderr
     assert lines(out) == lines(tmp_path / "fresh[1]" / "scored.jsonl")
     others = (*arguments[4:-1], "4", "--preference", "confidence")  # of which no score depends
-    curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *others)
-    assert "9 from an earlier run" in curated.stderr
+    for cache in ((), ("--no-cache",)):  # nor of where answers are kept
+        curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *others, *cache)
+        assert "9 from an earlier run" in curated.stderr
     other = run(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken
     assert other.returncode == 0, other.stderr
     assert "earlier run" not in other.stderr
@@ -259,6 +260,9 @@ def test_columns_can_be_named(tiny, tmp_path):
         ("train.jsonl", ["-o", "train.jsonl"], 2, "OUT is SRC"),
         ("*.jsonl", ["-o", "out.jsonl"], 2, "give an OUT in another folder"),
         ("**/*.parquet", ["-o", "out.jsonl"], 2, "give an OUT in another folder"),
+        (".", ["-o", "out.jsonl"], 2, "give an OUT in another folder"),
+        ("./*.json", ["-o", "out.jsonl", "--keep", "0.5"], 2, "give an OUT in another folder"),
+        ("./*.json", ["-o", "out.jsonl", "--shard", "0/2"], 2, "give an OUT in another folder"),
         ("train.jsonl", ["-o", "plain"], 2, "plain is a file already"),
         ("train.jsonl", ["--split", "test"], 1, "leave --split out"),
         ("train.jsonl", ["--config", "en"], 1, "--config and --revision are of Hub datasets"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clear_datasets import BSDetector, Example, Jaccard
+from clear_datasets.adaptive import Adaptive
 from clear_datasets.engines import Asks, PromptError
 from clear_datasets.similarity import NLI
 from tests.conftest import Scripted
@@ -248,3 +249,17 @@ def test_both_forms_run_on_a_real_engine(tiny):
     assert all((0 <= c <= 1) or e for c, e in zip(direct.confidence, direct.errors, strict=True))
     assert ((direct.consistency >= 0) & (direct.consistency <= 1)).all()
     assert direct.consistency.tobytes() == BSDetector(k=2, max_tokens=8)(rows, engine).consistency.tobytes()
+
+
+class Twice(Jaccard):
+    """Compares both ways, and gives both."""
+
+    def __call__(self, pairs, engine):
+        return np.repeat(super().__call__(pairs, engine), 2)
+
+
+def test_a_similarity_with_too_many_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"Twice.* gave 4 numbers for 2 pairs; expected one each"):
+        BSDetector(k=2, similarity=Twice())([RHINE], Scripted())
+    with pytest.raises(ValueError, match=r"Twice.* gave 2 numbers for 1 pairs"):
+        Adaptive(BSDetector(k=2, similarity=Twice()), 0.5, 0.5)([RHINE], Scripted())

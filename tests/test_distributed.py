@@ -170,15 +170,23 @@ def test_what_fails_always_is_said_and_all_else_is_kept(fault, error, message, t
     marked = next((tmp_path / "stages").iterdir())
     engine = Working(folder=str(tmp_path))
     again = Clear(engine=engine, cache=False)
-    from datasets.fingerprint import Hasher
-
     from clear_datasets.stages import Stages
 
-    mark = Hasher.hash((ROWS._fingerprint, again.score))
-    marked.rename(marked.with_name(f"score-{mark}"))  # as if the fault had not been a setting of this engine
-    np.testing.assert_equal(Stages(tmp_path / "stages", 4).score(ROWS, again).to_list(), wanted)
+    stages = Stages(tmp_path / "stages", 4)
+    marked.rename(stages.planned(ROWS, again.score, "score", 4)[1])  # as if the fault were no setting of the engine
+    np.testing.assert_equal(stages.score(ROWS, again).to_list(), wanted)
     if error is EngineError:  # else workers may still be at their last batches
         assert sum(rows for _, rows in answered(tmp_path)) - before == 4
+
+
+def test_a_folder_with_other_things_is_refused_before_anything_is_asked(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for out, message in (("mine", "with other things than rows"), (".", "where batches are kept, is inside of OUT")):
+        with pytest.raises(ValueError, match=message):
+            score(Working(folder=str(tmp_path)), tmp_path, out=tmp_path / out)
+    assert not answered(tmp_path)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
 def test_too_small_a_cluster_is_refused_and_a_small_one_warned_of(tmp_path):

@@ -218,6 +218,8 @@ def test_the_page_says_how_others_score(monkeypatch):
 
     entries = json.loads((ROOT / "docs" / "benchmarks" / "peers.json").read_text())
     assert brief(entries) in (ROOT / "README.md").read_text()
+    solutions = next(e for e in entries if e["task"] == "gsm8k")["methods"]["clear_server"]["parts"]["consistency"]
+    assert f"for {solutions.count(0)} of the {len(solutions)} rows none of five samples" in PAGE
     for entry in entries:
         assert table(entry) in PAGE
         assert all(found["command"] in PAGE for found in entry["methods"].values())

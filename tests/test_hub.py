@@ -168,8 +168,12 @@ def test_splits_stay_and_a_second_push_replaces_the_first(hub, client):
     found = client(load, config="audit")
     assert found["train"].to_dict()["new"] == ["x"] * 12
     assert found["test"].features == more["test"].features
-    client(push, both["train"], split="test", revision="other")
-    assert list(client(load, revision="other")) == ["test"]
+    client(push, decided(20), split="test", revision="other")
+    for config in ("default", "audit"):
+        found = client(load, config=config, revision="other")
+        assert list(found) == ["train", "test"]
+        assert len(found["test"]) == (20 if config == "audit" else 11)
+    assert len(client(load, revision="other")["train"]) == 7
     assert {name: len(part) for name, part in client(load).items()} == {"train": 7, "test": 4}
 
 

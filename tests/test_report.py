@@ -185,6 +185,17 @@ def test_long_prompts_are_short_at_the_cut_and_whole_in_the_table(opened):
     assert page.inner_text("#below") == "none"
 
 
+def test_texts_that_are_cut_off_say_so_also_in_the_download(opened):
+    rows = {"question": ["Where?", "x" * 3000], "answer": ["y" * 3000, "here"], "clear_confidence": [0.2, 0.9]}
+    page = opened(Dataset.from_dict(rows), gamma=0.5)
+    assert "Long texts are cut off" in page.inner_text("#sampled")
+    with page.expect_download() as download:
+        page.click("#download")
+    lines = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    assert {line["row"]: line["cut"] for line in lines} == {0: ["target"], 1: ["prompt"]}
+    assert "cut off" not in opened(judged(10)).inner_text("#sampled")
+
+
 def test_what_calibrate_found_is_shown(opened):
     rows = judged(50)
     cuts = [Threshold(0.25, 0.8, (0.9, 0.8, 1.0), (0.5, 0.4, 0.6))]

@@ -10,10 +10,11 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from clear_datasets import threshold
+from clear_datasets import Clear, decide, threshold
 from clear_datasets.cli import app
-from clear_datasets.files import load, write_folder
-from clear_datasets.stages import Stages
+from clear_datasets.files import write_folder
+from clear_datasets.reading import load
+from clear_datasets.stages import Stages, train_writer
 from tests.test_cli import ROWS, run, tiny  # noqa: F401 - a fixture
 
 
@@ -86,6 +87,25 @@ def test_what_is_not_one_whole_is_refused(change, message, parts):
 
 def edit(file: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_parts_in_json_are_told_from_what_stands_beside_them(parts):
+    for name in "abc":
+        load(str(parts / f"part-{name}.parquet"), None, None, None, None).to_json(parts / f"p-{name}.json", lines=False)
+        shutil.copy(parts / f"part-{name}.parquet.shard.json", parts / f"p-{name}.json.shard.json")
+    code, said = command("merge", parts / "p-*.json", "-o", parts / "joined.jsonl")
+    assert code == 0, said
+    joined = [json.loads(line) for line in (parts / "joined.jsonl").read_text().splitlines()]
+    assert [{k: r[k] for k in ROWS[0]} for r in joined] == ROWS
+
+
+def test_rows_without_a_score_in_json_are_not_fine_tuned_on(monkeypatch):
+    taken: list[Dataset] = []
+    monkeypatch.setattr("clear_datasets.finetune.finetune", lambda rows, *_, **__: taken.append(rows))
+    scores = [None, float("nan"), 0.9, 0.1]
+    rows = Dataset.from_list([{**r, "clear_confidence": s} for r, s in zip(ROWS[:4], scores, strict=True)])
+    train_writer(rows.map(decide(0.5), batched=True), Clear("m").with_writer("w"))
+    assert taken[0]["question"][:] == [ROWS[2]["question"]]
 
 
 @pytest.mark.parametrize("shard", ["3/3", "1", "-1/3", "a/b", "1/0"])

@@ -42,6 +42,10 @@ class EngineError(RuntimeError):
     """An engine ended in the middle of its work, or cannot be reached; nothing is known of the batch."""
 
 
+def untold(kind: Kind, position: int, value: Any) -> None:
+    """Nobody is told of an answer before the batch is done."""
+
+
 @dataclass(frozen=True)
 class Asks:
     """Everything that is asked about a batch of rows: the arguments of `generate`, `choose` and `logprobs`.
@@ -62,7 +66,7 @@ class Asks:
     labels: Sequence[str] = ()
     read: Sequence[tuple[Messages, str]] = ()
     first: Sequence[int] = ()
-    tell: Callable[[Kind, int, Any], None] = field(default=lambda kind, position, value: None, repr=False)
+    tell: Callable[[Kind, int, Any], None] = field(default=untold, repr=False)
 
     @property
     def firsts(self) -> list[int]:
@@ -222,10 +226,13 @@ class Engine(Protocol):
         firsts, limits = asks.firsts, asks.limits
         for first in sorted(set(firsts)):
             lacking = [i for i, known in enumerate(firsts) if known == first]
-            texts = self.generate(
-                [asks.generate[i] for i in lacking], n=asks.n - first, temperature=asks.temperature,
-                max_tokens=[limits[i] for i in lacking],
-            )  # fmt: skip
+            try:
+                texts = self.generate(
+                    [asks.generate[i] for i in lacking], n=asks.n - first, temperature=asks.temperature,
+                    max_tokens=[limits[i] for i in lacking],
+                )  # fmt: skip
+            except PromptError as error:
+                raise PromptError({lacking[i]: reason for i, reason in error.reasons.items()}) from None
             for i, found in zip(lacking, texts, strict=True):
                 generated[i] = found
         return generated

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -218,15 +218,14 @@ def model_folder() -> Path:
 
 @lru_cache  # once a process: a model that is changed on the Hub meanwhile is loaded already
 def commit_of(model: str, revision: str | None) -> str:
-    """The commit of a Hub model's revision, as `transformers` finds it; what was asked for, where none can be found."""
+    """The commit of a Hub model's or adapter's revision, as `transformers` finds it; else what was asked for."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        file = hf_hub_download(model, "config.json", revision=revision)
-        return f"{model}@{Path(file).parent.name}"
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # loading it will say what is wrong
-        return f"{model}@{revision or ''}"
+    for name in ("config.json", "adapter_config.json"):
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # loading it will say why
+            return f"{model}@{Path(hf_hub_download(model, name, revision=revision)).parent.name}"
+    return f"{model}@{revision or ''}"
 
 
 def from_gguf(file: Path) -> Path:

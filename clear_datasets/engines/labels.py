@@ -36,12 +36,17 @@ class Labels:
         """Room for the conditional probabilities of `rows` prompts."""
         return np.ones((rows, len(self._known)))
 
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens of the spellings."""
+        return sorted({tokens[-1] for tokens in self._known})
+
     def after(self, stem: tuple[int, ...]) -> list[int]:
         """The tokens that may follow a stem."""
         return [tokens[-1] for tokens in self._known if tokens[:-1] == stem]
 
     def add(self, masses: npt.NDArray[np.float64], row: int, stem: tuple[int, ...], probabilities: Any) -> None:
-        """Note the next token's probabilities, [vocabulary], of a prompt followed by a stem."""
+        """Note the next token's probabilities, those of `tokens` at least, of a prompt followed by a stem."""
         for tokens, column in self._known.items():
             if tokens[:-1] == stem:
                 masses[row, column] = probabilities[tokens[-1]]

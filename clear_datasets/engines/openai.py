@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, EngineError, Messages, PromptError, Queued
+from clear_datasets.engines import Answers, Asks, EngineError, Messages, PromptError, Queued, untold
 from clear_datasets.engines.chats import without_system
 from clear_datasets.engines.labels import shares
+from clear_datasets.engines.server import check_address, wait_for
 
 _TOP = 20  # log-probabilities that servers give at most
 _COUNTED = 20  # answers that a label's probability is counted from, where there are no log-probabilities
 _REFUSED = (400, 413, 422)  # by which a server says that one prompt cannot be answered
 _ALL = 20  # so many requests refused with the same words: it is not the prompts
-_ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?(/[^\s?#]*)?", re.IGNORECASE)
 
-_LOOPS: dict[int, asyncio.AbstractEventLoop] = {}
 _CLIENTS: dict[tuple[Any, ...], Any] = {}
-_PAID: dict[OpenAI, dict[str, Any]] = {}  # answers of a batch that was refused for some of its prompts
+_PAID: dict[OpenAI, dict[str, Any]] = {}  # of a batch that was refused in part, where nobody was told of its answers
 _SERVERS: dict[OpenAI, _Server] = {}
 
-T = TypeVar("T")
 _Job = Callable[[], Coroutine[Any, Any, Any]]
 
 
@@ -88,7 +84,7 @@ class OpenAI(Queued):
                 "expected at least 1, 0, and more than 0 seconds"
             )
         if self.base_url is not None:
-            _check_address(self.base_url, "base_url")
+            check_address(self.base_url, "base_url")
 
     @property
     def identity(self) -> str:
@@ -119,8 +115,8 @@ class OpenAI(Queued):
         """See `Engine.answer`: all that is asked about a batch at once."""
         read = self.logprobs([p for p, _ in asks.read], [r for _, r in asks.read])
         jobs: list[tuple[str, _Job]] = []
-        for prompt, draws, limit in zip(asks.generate, asks.draws, asks.limits, strict=True):
-            key = repr((prompt, draws, asks.temperature, limit))
+        for prompt, first, draws, limit in zip(asks.generate, asks.firsts, asks.draws, asks.limits, strict=True):
+            key = repr((prompt, first, draws, asks.temperature, limit))
             jobs.append((key, partial(self._write, prompt, draws, asks.temperature, limit)))
         jobs += [(repr((p, tuple(asks.labels))), partial(self._weigh, p, asks.labels)) for p in asks.choose]
         size = len(asks.generate)
@@ -131,17 +127,28 @@ class OpenAI(Queued):
             else:
                 asks.tell("choose", position - size, result)
 
-        found = _wait(self._all(jobs, tell))
+        paid = _PAID.setdefault(self, {}) if asks.tell is untold else {}
+        hello: Messages = [{"role": "user", "content": "Hello"}]
+        probe: _Job = partial(self._weigh, hello, asks.labels)
+        if not asks.choose:
+            probe = partial(
+                self._write, hello, max(asks.draws, default=1), asks.temperature, max(asks.limits, default=1)
+            )
+        found = wait_for(self._all(jobs, tell, paid, probe))
         chosen = np.array(found[size:], dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
         written = [texts * asks.times for texts in found[:size]]
         cut = [[c for _, c in texts] for texts in written]
         return Answers([[text for text, _ in texts] for texts in written], chosen, read, cut)
 
-    async def _all(self, jobs: list[tuple[str, _Job]], tell: Callable[[int, Any], None]) -> list[Any]:
-        """Results of all jobs in their order, `concurrency` at a time; each is told as soon as it is there."""
+    async def _all(
+        self, jobs: list[tuple[str, _Job]], tell: Callable[[int, Any], None], paid: dict[str, Any], probe: _Job
+    ) -> list[Any]:
+        """Results of all jobs in their order, `concurrency` at a time; each is told as soon as it is there.
+
+        Where all are refused alike, `probe` says whether that is for what they have in common.
+        """
         import openai
 
-        paid = _PAID.setdefault(self, {})
         results: dict[int, Any] = {}
         reasons: dict[int, str] = {}
         failures: list[Exception] = []
@@ -170,13 +177,27 @@ class OpenAI(Queued):
                 paid |= {jobs[i][0]: result for i, result in results.items()}
         if failures:
             raise self._failure(failures[0]) from None  # a server may have put the key into its words
-        if len(reasons) == len(jobs) >= _ALL and len(set(reasons.values())) == 1:
+        alike = len(reasons) == len(jobs) >= _ALL and len(set(reasons.values())) == 1
+        if alike and not await self._takes(probe):  # else these are left over, as others are known
             raise EngineError(f"{self._where} refuses all of {len(jobs)} requests to {self.model} alike: {reasons[0]}")
         if reasons:
             raise PromptError(reasons)
         for key, _ in jobs:
             paid.pop(key, None)
         return [results[i] for i in range(len(jobs))]
+
+    async def _takes(self, job: _Job) -> bool:
+        """Whether the server does not refuse a job."""
+        import openai
+
+        try:
+            async with asyncio.timeout(self.deadline):
+                await job()
+        except (openai.APIError, TimeoutError) as error:
+            if getattr(error, "status_code", 0) in _REFUSED:
+                return False
+            raise self._failure(error) from None
+        return True
 
     async def _ask(self, prompt: Messages, settings: dict[str, Any]) -> Any:
         """A completion; what a server may not take is left out where that helps."""
@@ -271,7 +292,7 @@ class OpenAI(Queued):
     def _where(self) -> str:
         stated = os.environ.get("OPENAI_BASE_URL")
         if not self.base_url and stated:
-            _check_address(stated, "OPENAI_BASE_URL")
+            check_address(stated, "OPENAI_BASE_URL")
         return self.base_url or stated or "OpenAI"
 
     def _client(self) -> Any:
@@ -308,32 +329,6 @@ class OpenAI(Queued):
         return text.replace(self._key, "***") if len(self._key) >= 8 else text  # some servers repeat it
 
 
-def _check_address(address: str, name: str) -> None:
-    """Refuse an address that may hold a secret: addresses stand in errors, on cards and in the keys of the cache."""
-    if _ADDRESS.fullmatch(address):
-        return
-    shown = re.sub(r"^(https?://)?.*@", r"\1***@", address, flags=re.DOTALL | re.IGNORECASE)
-    shown = re.sub(r"[?#].*", lambda rest: f"{rest[0][0]}***", shown, flags=re.DOTALL)
-    raise ValueError(
-        f"{name} is {shown!r}; expected http:// or https://, a host and a path, without a user, a password or a query, "
-        "as it is printed and kept: give the key as api_key= or OPENAI_API_KEY"
-    )
-
-
 def _said(content: str | None) -> str:
     """The text of an answer; half a surrogate pair, which JSON can hold, is in no column and no tokenizer."""
     return (content or "").strip().encode(errors="replace").decode()
-
-
-def _wait(job: Coroutine[Any, Any, T]) -> T:
-    """Run to the end in a thread of its own: a notebook's event loop is running already in this one."""
-    pid = os.getpid()
-    if pid not in _LOOPS:
-        _LOOPS[pid] = asyncio.new_event_loop()
-        threading.Thread(target=_LOOPS[pid].run_forever, daemon=True, name="clear_datasets OpenAI").start()
-    future = asyncio.run_coroutine_threadsafe(job, _LOOPS[pid])
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()  # an interrupt stops what is under way
-        raise

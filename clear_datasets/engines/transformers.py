@@ -34,7 +34,8 @@ class Transformers(Queued):
     Args:
         model: Hub id, local folder, or a ``.gguf`` file (converted once into the cache folder).
         revision: Branch, tag or commit of a Hub model.
-        dtype: ``"auto"`` is bfloat16 where the hardware multiplies it fast, else float32.
+        dtype: ``"auto"`` is bfloat16 where the hardware multiplies it fast, else float32 on a CPU and float16 on
+            other devices.
         device: ``"cuda"``, ``"mps"`` or ``"cpu"``; by default the first of them that is there.
         batch_tokens: Tokens in one forward pass; by default 4,096 on a CPU and 32,768 on a GPU. A batch that does
             not fit the GPU's memory is halved until it does.
@@ -54,7 +55,7 @@ class Transformers(Queued):
     stamp: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        files = stamp(self.model) + (stamp(self.adapter) if self.adapter else "")
+        files = stamp(self.model) + ((stamp(self.adapter) or self.adapter) if self.adapter else "")
         object.__setattr__(self, "stamp", files)  # another engine once the files have changed
 
     @property
@@ -95,7 +96,7 @@ class Transformers(Queued):
         waiting: list[Writing] = []
         budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
         for window in windows(group(requests, checkpoint.shares_prefix), budget):
-            for request, result in self._window(window, checkpoint, asks, budget):
+            for request, result in self._window(window, checkpoint, asks, known.tokens, budget):
                 position = request.position
                 if request.kind == "choose":
                     known.add(masses, position, request.stem, result)
@@ -118,14 +119,14 @@ class Transformers(Queued):
         return Answers(samples.texts, known.probabilities(masses), read, samples.cut)
 
     def _window(
-        self, window: list[Run], checkpoint: Checkpoint, asks: Asks, budget: int
+        self, window: list[Run], checkpoint: Checkpoint, asks: Asks, wanted: list[int], budget: int
     ) -> Iterator[tuple[Request, Any]]:
         """Results of a window; where a GPU has too little memory for it, those of its halves."""
         import torch
 
         try:
             with torch.inference_mode():
-                yield from list(self._forward(window, checkpoint, asks, budget))
+                yield from list(self._forward(window, checkpoint, asks, wanted, budget))
                 return
         except torch.OutOfMemoryError:
             pieces = [Run(run.shared, [q]) for run in window for q in run.requests] if len(window) == 1 else window
@@ -133,12 +134,12 @@ class Transformers(Queued):
                 raise
         torch.cuda.empty_cache()
         for half in (pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]):
-            yield from self._window(half, checkpoint, asks, budget // 2)
+            yield from self._window(half, checkpoint, asks, wanted, budget // 2)
 
     def _forward(
-        self, window: list[Run], checkpoint: Checkpoint, asks: Asks, budget: int
+        self, window: list[Run], checkpoint: Checkpoint, asks: Asks, wanted: list[int], budget: int
     ) -> Iterator[tuple[Request, Any]]:
-        """A `Writing`, next-token probabilities [vocabulary], or the log-probabilities of a response, by kind."""
+        """A `Writing`, next-token probabilities of the wanted, or the log-probabilities of a response, by kind."""
         import torch
 
         beginning = State(checkpoint)
@@ -157,7 +158,8 @@ class Transformers(Queued):
                 rows = [i for i, _, _ in drawn]
                 yield requests[0], Writing(state.select(rows), draws, asks.temperature, logits[rows, -1])
             elif requests[0].kind == "choose":
-                yield from zip(requests, torch.softmax(logits[:, -1], dim=-1).cpu().numpy(), strict=True)
+                found = torch.softmax(logits[:, -1], dim=-1)[:, wanted].tolist()  # all the vocabulary would fill memory
+                yield from ((q, dict(zip(wanted, row, strict=True))) for q, row in zip(requests, found, strict=True))
             else:
                 for request, row in zip(requests, logits, strict=True):
                     yield request, _logprobs(row[-request.tail - 1 : -1], request.ids[-request.tail :])

@@ -80,7 +80,7 @@ class VLLM(Queued):
             "max_model_len": max_model_len,
             "options": tuple(sorted(options.items())),
             "stamp": stamp(model),  # another engine once the files have changed
-            "adapter_stamp": stamp(adapter) if adapter else "",
+            "adapter_stamp": (stamp(adapter) or adapter) if adapter else "",
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

@@ -215,7 +215,7 @@
   $("download").addEventListener("click", () => {
     const lines = shown.map((row) => {
       const more = Object.fromEntries(Object.entries(signals).filter(([, v]) => v).map(([n, v]) => [n, Number.isNaN(v[row.i]) ? null : v[row.i]]));
-      return JSON.stringify({ row: row.i, prompt: row.prompt, target: row.target, candidate: row.candidate || "", ...more, decision: decisionOf(row.i), error: row.error || "" });
+      return JSON.stringify({ row: row.i, prompt: row.prompt, target: row.target, candidate: row.candidate || "", ...more, decision: decisionOf(row.i), error: row.error || "", cut: row.cut });
     });
     const link = element("a");
     link.href = URL.createObjectURL(new Blob([lines.join("\n"), "\n"], { type: "application/jsonl" }));
@@ -225,8 +225,10 @@
   });
   for (const part of document.querySelectorAll(".with-candidates")) part.hidden = !preference;
   $("about").textContent = data.about;
-  $("sampled").textContent = data.rows.length < confidence.length
-    ? `The texts of ${whole(data.rows.length)} of ${whole(confidence.length)} rows are in this file, spread evenly over the confidence; all figures are of all rows.` : "";
+  const hints = [];
+  if (data.rows.length < confidence.length) hints.push(`The texts of ${whole(data.rows.length)} of ${whole(confidence.length)} rows are in this file, spread evenly over the confidence; all figures are of all rows.`);
+  if (data.rows.some((row) => row.cut)) hints.push("Long texts are cut off here, and in the download, whose \"cut\" names them: take whole ones from the dataset by the row's number.");
+  $("sampled").textContent = hints.join(" ");
   if (data.failures.length) {
     $("failures-section").hidden = false;
     $("failures").replaceChildren(...data.failures.map(([reason, n]) => element("li", `${rowsOf(n)}: ${reason}`)));

@@ -23,6 +23,7 @@ from datasets.fingerprint import Hasher
 from clear_datasets import BSDetector, Clear, Embedding, Jaccard, decide, threshold
 from clear_datasets.engines import Answers, Asks, Messages, PromptError
 from clear_datasets.engines.cache import COUNTS, Cached, close_stores, store_of
+from clear_datasets.engines.checkpoint import commit_of
 from clear_datasets.engines.store import NAME, Store
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
@@ -220,6 +221,17 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub, tmp_path, monkeypatch):
     assert "org/a@" + "1" * 40 in Transformers("org/a").identity
     assert "org/b@" + "2" * 40 in Transformers("org/b", seed=1).identity
     assert "org/none@v2" in Transformers("org/none", "v2").identity
+    steps = [Clear("org/a"), Clear("m").with_writer("org/b"), Clear(engine=Transformers("org/a")),
+             Clear(engine=Transformers("m")).with_writer("org/b")]  # fmt: skip
+    before = [Hasher.hash(clear.score) for clear in steps]
+    assert [Hasher.hash(clear.score) for clear in steps] == before
+    for name in ("org/a", "org/b"):  # pushed anew, and fetched by another process
+        folder = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (folder / "snapshots" / ("3" * 40)).mkdir()
+        (folder / "snapshots" / ("3" * 40) / "config.json").write_text("{}")
+        (folder / "refs" / "main").write_text("3" * 40)
+    commit_of.cache_clear()
+    assert all(Hasher.hash(clear.score) != b for clear, b in zip(steps, before, strict=True))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for kind in (Transformers, VLLM):
@@ -227,6 +239,8 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub, tmp_path, monkeypatch):
             kind(name, adapter=adapter) for name in ("org/a", "org/b") for adapter in (None, f"{tmp_path}/adapter")
         ]
         assert len({engine.identity for engine in engines}) == 4
+        missing = kind("org/a", adapter="not/there").identity
+        assert missing not in (kind("org/a").identity, kind("org/a", adapter="not/yet").identity)
     one = VLLM("org/a", dtype="float16").identity
     assert one == VLLM("org/a", dtype="float16", tensor_parallel_size=2, gpu_memory_utilization=0.5).identity
     assert one != VLLM("org/a", dtype="float32").identity

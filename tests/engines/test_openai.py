@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 
 from clear_datasets import BSDetector, Clear
 from clear_datasets.engines import Asks, EngineError, PromptError
+from clear_datasets.engines.cache import cached
 
 pytest.importorskip("openai")
 
@@ -182,6 +183,49 @@ def test_a_refused_prompt_is_named_and_the_others_are_paid_once(server):
     assert "maximum context length" in caught.value.reasons[1]
     assert engine.answer(Asks([ask("a"), ask("b")], 1, 0.0, 8)).generated == [["ok"], ["ok"]]
     assert Counter(content(a) for a in server.asked) == {"a": 1, "b": 1, "long": 1}
+
+
+def test_samples_that_a_refusal_interrupted_are_not_given_for_later_ones(server):
+    numbers = iter(range(1000))
+
+    def refusing(body):
+        if content(body).startswith("long"):
+            return failed(400, "the prompt is too long")
+        return said(*(f"no {next(numbers)}" for _ in range(body.get("n", 1))))(body)
+
+    server.reply = refusing
+    rows = {"prompt": ["long", "a", "b"], "response": ["x", "y", "z"]}
+    engine = OpenAI("m", server.url, api_key="k", concurrency=1)
+    prompts = [ask(p) for p in rows["prompt"][1:]]
+    for k in (2, 4):
+        Clear(engine=engine, confidence=BSDetector(k=k, beta=1, samples="plain")).score(rows)
+    found = cached(engine, None).answer(Asks(prompts, 4, 1.0, 256)).generated
+    assert len({text for texts in found for text in texts}) == 8
+
+
+def test_rows_that_alone_are_left_over_because_they_are_refused_stay_refused(server):
+    fine = said("ok", logprobs={"Yes": 0.6, "No": 0.3})
+    server.reply = lambda body: failed(400, "too long") if "long" in content(body) else fine(body)
+    rows = {"prompt": [*(f"long {i}" for i in range(8)), "a", "b"], "response": ["x"] * 10}
+    clear = Clear(engine=OpenAI("m", server.url, api_key="k"))
+    first = clear.score(rows)
+    again = clear.score(rows)
+    assert again["clear_error"] == first["clear_error"]
+    assert [bool(error) for error in again["clear_error"]] == [True] * 8 + [False] * 2
+
+
+@pytest.mark.parametrize("what", ["temperature", "max_tokens"])
+def test_settings_that_a_server_refuses_are_no_bad_rows(server, what):
+    def strict(body):
+        return failed(400, f"{what} is too much") if body[what] > 1 else said("ok")(body)
+
+    server.reply = strict
+    engine = OpenAI("m", server.url, api_key="k")
+    with pytest.raises(EngineError, match=f"refuses all of 20 requests to m alike.*{what} is too much"):
+        engine.generate([ask(str(i)) for i in range(20)], temperature=1.5)
+    server.reply = lambda body: failed(400, "no") if content(body) != "Hello" else failed(401, "Incorrect API key")
+    with pytest.raises(EngineError, match="Incorrect API key"):
+        engine.generate([ask(str(i)) for i in range(20)])
 
 
 def test_what_a_server_does_not_take_is_left_out_and_remembered(server):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clear_datasets.engines import Asks, EngineError, PromptError
 from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.decoding import State
+from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.transformers import Transformers
 from tests.conftest import TEMPLATE, make_tiny
 
@@ -185,6 +186,21 @@ def test_many_prompts_with_one_beginning_are_not_written_all_at_once(tiny, user,
     monkeypatch.setattr(State, "forward", counted)
     assert engine.generate(prompts, n=5, temperature=1.0, max_tokens=8)[::13] == alone
     assert 40 < max(sizes) < 120  # of 200 samples
+
+
+def test_of_many_questions_no_vocabulary_is_held(tmp_path, user, monkeypatch):
+    folder = str(make_tiny(tmp_path, vocab_size=400))
+    held, add = [], Labels.add
+
+    def counted(self, masses, row, stem, probabilities):
+        held.append(len(probabilities))
+        add(self, masses, row, stem, probabilities)
+
+    monkeypatch.setattr(Labels, "add", counted)
+    found = Transformers(folder, dtype="float32").choose([user(f"Is it {i}?") for i in range(5)], ["Yes", "No"])
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    assert len(held) >= 5
+    assert max(held) < 20
 
 
 def test_all_kinds_in_one_queue_equal_each_alone(tiny, user):

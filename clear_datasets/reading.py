@@ -1,0 +1,195 @@
+"""Rows from files, chosen by their endings, from folders and from the Hub, as they are there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from glob import escape, glob
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clear_datasets.apply import OURS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
+    """Rows of a Hub dataset, of files that match a glob, of a `save_to_disk` folder, or of a folder of files.
+
+    Raises:
+        FileNotFoundError: No file matches.
+        ValueError: There is a choice of splits, files of several kinds or types, no row, or an option that SRC does not
+            have.
+    """
+    import datasets
+
+    path = Path(src)
+    if is_folder_of_files(path):
+        kinds = sorted({f.suffix for f in path.iterdir() if f.suffix in LOADERS})
+        if len(kinds) != 1:
+            raise ValueError(
+                f"{src} is a folder without a saved dataset, and with {' and '.join(kinds) or 'no data'} files: "
+                f"give its files, as in '{src}/*.parquet'"
+            )
+        src = str(Path(escape(src)) / f"*{kinds[0]}")
+        path = Path(src)
+    local = path.exists() or path.suffix in LOADERS or any(c in src for c in "*?[")
+    if local and (config or revision):
+        raise ValueError(f"--config and --revision are of Hub datasets; {src} is none")
+    if path.is_dir():
+        loaded = datasets.load_from_disk(src)
+    elif local:
+        loaded = _load_files(src)
+    else:
+        loaded = datasets.load_dataset(src, config, revision=revision)
+    if isinstance(loaded, dict):
+        if split is None and len(loaded) > 1:
+            raise ValueError(f"{src} has the splits {', '.join(loaded)}: choose one with --split")
+        if split is not None and split not in loaded:
+            raise ValueError(f"{src} has no split {split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[split or next(iter(loaded))]
+    elif split:
+        raise ValueError(f"{src} has no splits: leave --split out")
+    if not len(loaded):
+        raise ValueError(f"{src} has no rows")
+    taken: Dataset = loaded.with_format(None).select(range(min(limit or len(loaded), len(loaded))))
+    return taken
+
+
+def is_folder_of_files(path: Path) -> bool:
+    """A folder that `save_to_disk` has not written."""
+    return path.is_dir() and not any((path / f"dataset_{name}.json").exists() for name in ("info", "dict"))
+
+
+def _load_files(src: str) -> Dataset:
+    files = [src] if Path(src).is_file() else sorted(glob(src, recursive=True))
+    kinds = {Path(f).suffix for f in files}
+    if not files:
+        raise FileNotFoundError(f"no file matches {src}")
+    if len(kinds) > 1 or not kinds <= set(LOADERS):
+        raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
+    kind, files = LOADERS[kinds.pop()], [os.path.abspath(f) for f in files]
+    return _load_json(files) if kind == "json" else _load_csv(files) if kind == "csv" else _loaded(kind, files)
+
+
+def _loaded(kind: str, files: Sequence[str], **options: Any) -> Dataset:
+    import datasets
+
+    with _reading(files):  # the loader takes each name for a pattern
+        return datasets.load_dataset(kind, data_files=[escape(f) for f in files], split="train", **options)
+
+
+@contextmanager
+def _reading(files: Sequence[str]) -> Iterator[None]:
+    """Say why files cannot be read, and which: `datasets` says neither."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (DatasetGenerationError, ValueError, StopIteration) as error:  # the last, of an empty file
+        cause = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
+        why, kind = " ".join(str(cause).split()), OSError if isinstance(cause, OSError) else ValueError
+        raise kind(f"cannot read {', '.join(files[:3])}{', ...' * (len(files) > 3)}: {why}") from error
+
+
+def _load_csv(files: Sequence[str]) -> Dataset:
+    """CSV has no types: all cells are texts, "007" and "None", too, and answers that are numbers; not so our columns.
+
+    Raises:
+        ValueError: A file is no CSV, or the files have not the same columns.
+    """
+    from datasets import Features, Value
+
+    names, *others = map(_csv_columns, files)
+    for file, found in zip(files[1:], others, strict=True):
+        if set(found) != set(names):
+            raise ValueError(f"{files[0]} has the columns {', '.join(names)}, {file} has {', '.join(found)}")
+    types = {name: OURS.get(name, "string") for name in names}
+    read = {name: Value("string" if kind == "bool" else kind.replace("int", "float")) for name, kind in types.items()}
+    rows = _loaded("csv", files, features=Features(read), keep_default_na=False, na_values=[""])
+    return rows.cast(Features({name: Value(kind) for name, kind in types.items()}))  # pandas has no empty int or bool
+
+
+def _csv_columns(file: str) -> list[str]:
+    import pandas as pd  # type: ignore[import-untyped]
+
+    try:
+        return list(pd.read_csv(file, nrows=0).columns)
+    except ValueError as error:
+        raise ValueError(f"cannot read {file}: {error}; expected CSV in UTF-8, names of columns first") from error
+
+
+def _load_json(files: Sequence[str]) -> Dataset:
+    """Read by `json`: the loader of datasets takes texts like dates for times, piece by piece, and rounds numbers.
+
+    Raises:
+        ValueError: A file is no JSON, its rows are no objects, or a column is of several types.
+    """
+    from datasets import Dataset, Features
+
+    try:
+        features = _texts(_loaded("json", files).features)  # objects of any kind have a type of their own there
+    except ValueError:  # that may be for texts like dates in some pieces alone
+        features = _inferred(files)
+    known = tuple((f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files)  # into the name of the cache
+    values = {"files": known, "names": tuple(features)}
+    with _reading(files):
+        found: Dataset = Dataset.from_generator(_json_rows, features=Features(features), gen_kwargs=values)
+    return found
+
+
+def _texts(feature: Any) -> Any:
+    """A feature with texts in place of times, as JSON has none."""
+    from datasets import Value
+
+    if isinstance(feature, Value):
+        return Value("string") if feature.dtype.startswith(("timestamp", "date", "time")) else feature
+    if isinstance(feature, Mapping):
+        return {name: _texts(inner) for name, inner in feature.items()}
+    return type(feature)(_texts(feature.feature)) if hasattr(feature, "feature") else feature
+
+
+def _inferred(files: Sequence[str]) -> Any:
+    """The features of all rows."""
+    import pyarrow as pa
+    from datasets import Features
+
+    schema, rows = pa.schema([]), _json_rows([(file,) for file in files])
+    with _reading(files):
+        while some := list(islice(rows, 10_000)):
+            found = pa.schema(list(pa.array(some).type))
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+        if not schema.names:
+            raise ValueError("there are no rows")
+        return Features.from_arrow_schema(schema)
+
+
+def _json_rows(files: Sequence[tuple[Any, ...]], names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of files; with all columns of `names`, where these are given."""
+    for file, *_ in files:
+        for row in _json_values(file):
+            if not isinstance(row, dict):
+                raise ValueError(f"a row of {file} is {json.dumps(row)[:50]}; expected an object")
+            yield {name: row.get(name) for name in names} if names else row
+
+
+def _json_values(file: str) -> Iterator[Any]:
+    """The rows of an array or of lines."""
+    with open(file, encoding="utf-8-sig", newline="\n") as f:
+        array = f.read(4096).lstrip().startswith("[")
+        f.seek(0)
+        if array:
+            yield from json.load(f)
+            return
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number} of {file}: {error}") from error

@@ -1,0 +1,159 @@
+"""Rows from files and to files: what goes in comes out, and nothing is overwritten that was not written here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import Dataset, Value
+
+from clear_datasets import threshold
+from clear_datasets.files import check_folder, write, write_folder
+from clear_datasets.reading import load
+
+ODD = {
+    "question": ["When?", "How many?"],
+    "answer": ["2024-01-05", "1999-12-31"],
+    "n": [1, 2],
+    "x": [0.1234567890123456, 1e-300],
+    "at": ["2024-01-05T10:00:00Z", "2024-01-06T10:00:00Z"],
+    "tags": [["é"], ["2", "3"]],
+}
+LINES = [json.dumps(dict(zip(ODD, row, strict=True)), ensure_ascii=False) for row in zip(*ODD.values(), strict=True)]
+
+
+def rows(src: Path | str) -> Dataset:
+    return load(str(src), None, None, None, None)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_several_json_files_come_out_as_they_went_in(ending, tmp_path):
+    for name, line in zip("ab", LINES, strict=True):
+        (tmp_path / f"{name}{ending}").write_text(f"[{line}]" if ending == ".json" else line + "\n")
+    write(rows(tmp_path / f"*{ending}"), tmp_path / "out" / "all.jsonl")
+    assert (tmp_path / "out" / "all.jsonl").read_text().splitlines() == LINES  # as texts: 1 is not 1.0
+
+
+@pytest.mark.parametrize("answers", [("2024-01-05", "42"), ("42", "2024-01-05")])
+@pytest.mark.parametrize("several", [False, True])
+def test_texts_like_dates_stay_texts_wherever_they_stand(answers, several, tmp_path, monkeypatch):
+    lines = [json.dumps({"question": "What?", "answer": answer, "n": None}) for answer in answers]
+    lines = [line + "\n" for answer_line in lines for line in [answer_line] * 12_000]  # several pieces
+    for name, part in {"a": lines[:12_000], "b": lines[12_000:]}.items() if several else [("a", lines)]:
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    found = rows(tmp_path / "*.jsonl")
+    assert (found[0]["answer"], found[-1]["answer"]) == answers
+    assert len(found) == 24_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"question": "Who?"}\n\n{"question": \n', r"cannot read .*: line 3 of .*a\.jsonl: "),
+        ("a.jsonl", '{"question": "Who?"}\n["x"]\n', r'a row of .*a\.jsonl is \["x"\]; expected an object'),
+        ("a.jsonl", "\n", r"cannot read .*a\.jsonl: there are no rows"),
+        ("a.jsonl", "", r"cannot read .*a\.jsonl: there are no rows"),
+        ("a.json", "[]", r"cannot read .*a\.json: there are no rows"),
+        ("a.json", "[1, 2]", r"a row of .*a\.json is 1; expected an object"),
+        ("a.csv", "", r"a\.csv: .*expected CSV in UTF-8"),
+        ("a.csv", b"question,\xff\n", r"a\.csv: .*expected CSV in UTF-8"),
+        ("a.parquet", "no such thing", r"cannot read .*a\.parquet: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(name, text, message, tmp_path):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        rows(tmp_path / name)
+
+
+TOOLS = [
+    {"messages": [{"role": "user", "content": "Sum?"}, {"role": "assistant", "content": "3", "tool": {"x": 1}}]},
+    {"messages": [{"role": "user", "content": "At?"}, {"role": "assistant", "content": "5", "tool": {"y": ["a"]}}]},
+    {"messages": [{"role": "user", "content": "On?"}, {"role": "assistant", "content": 7, "tool": {"x": "z"}}]},
+]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets before 5 has no type for any JSON")
+def test_objects_of_any_kind_stay_as_they_are(tmp_path):
+    lines = list(map(json.dumps, TOOLS))
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    write(rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())) == TOOLS
+
+
+def test_rows_without_some_columns_and_wider_numbers_are_read(tmp_path):
+    lines = [{"question": "Who?", "n": 1, "more": {"z": 1, "a": "x"}}, {"question": "When?", "n": 2.5, "tags": ["é"]}]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(map(json.dumps, lines)))
+    found = rows(tmp_path / "a.jsonl")
+    assert found.column_names == ["question", "n", "more", "tags"]
+    assert [list(more or ()) for more in found["more"]] == [["z", "a"], []]
+    assert found["tags"][:] == [None, ["é"]]
+    assert found["n"][:] == [1.0, 2.5]
+
+
+CSV = "id,question,answer,sure,note\n007,How many?,42,true,1.50\n008,Is it?,,false,\n"
+
+
+def test_csv_has_texts_alone_and_our_columns_have_their_types(tmp_path):
+    (tmp_path / "in.csv").write_text(CSV)
+    found = rows(tmp_path / "in.csv")
+    assert found["answer"][:] == ["42", None]
+    write(found, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == CSV
+    more = {"clear_confidence": [0.5, float("nan")], "clear_error": ["", ""], "clear_agreed": [True, None],
+            "clear_drawn": [3, None]}  # fmt: skip
+    for name, values in more.items():
+        found = found.add_column(name, values)
+    write(found, tmp_path / "scored.csv")
+    again = rows(tmp_path / "scored.csv")
+    assert again["clear_confidence"][:] == [0.5, None]
+    assert (again["clear_agreed"][:], again["clear_drawn"][:]) == ([True, None], [3, None])
+    assert threshold(again) == 0.5
+    assert {again.features[name].dtype for name in ("id", "note", "clear_error")} == {"string"}
+    assert again.features["clear_confidence"] == Value("float32")
+
+
+def test_csv_files_of_other_columns_are_refused_and_the_order_does_not_matter(tmp_path):
+    (tmp_path / "a.csv").write_text("question,answer\nWho?,Ada\n")
+    (tmp_path / "b.csv").write_text("answer,question\n7,How many?\n")
+    assert rows(tmp_path / "*.csv")["answer"][:] == ["Ada", "7"]
+    (tmp_path / "c.csv").write_text("question,answer,note\nWho?,Ada,x\n")
+    with pytest.raises(ValueError, match=r"a\.csv has the columns .*c\.csv has question, answer, note"):
+        rows(tmp_path / "*.csv")
+
+
+def test_names_with_brackets_are_names(tmp_path, monkeypatch):
+    folder = tmp_path / "runs[1]"
+    folder.mkdir()
+    for name in ("a.jsonl", "b[1].jsonl"):
+        (folder / name).write_text(json.dumps({"question": name, "answer": "x"}))
+    monkeypatch.chdir(folder)
+    assert rows("*.jsonl")["question"][:] == ["a.jsonl", "b[1].jsonl"]
+    assert rows("b[1].jsonl")["question"][:] == ["b[1].jsonl"]
+    assert len(rows(folder)) == 2
+
+
+def test_a_folder_is_replaced_only_where_it_holds_such_rows(tmp_path):
+    out, kept = tmp_path / "out", tmp_path / "stages"
+    ds = Dataset.from_dict({**ODD, "clear_error": ["", ""]})
+    check_folder(out, None, kept)
+    write_folder(ds, out, rows=1)
+    check_folder(out, None, kept)
+    write_folder(ds, out)
+    assert [f.name for f in out.iterdir()] == ["train-00000-of-00001.parquet"]
+    for source in (out, out / "*.parquet", out / "train-*-of-00001.parquet", out / "train-00000-of-00001.parquet"):
+        with pytest.raises(ValueError, match="is where the rows come from"):
+            check_folder(out, str(source), kept)
+    with pytest.raises(ValueError, match="where batches are kept, is inside of OUT"):
+        check_folder(out, None, out / "clear_stages")
+    theirs = tmp_path / "data" / "train-00000-of-00001.parquet"  # as the Hub names them
+    write(Dataset.from_dict(ODD), theirs)
+    with pytest.raises(ValueError, match="with other things than rows"):
+        check_folder(theirs.parent, None, kept)
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="with other things than rows"):
+        check_folder(out, None, kept)
+    with pytest.raises(ValueError, match="with other things than rows"):
+        check_folder(out / "mine.txt", None, kept)
