@@ -327,8 +327,7 @@ def _prepared(
     folder: str | os.PathLike[str], batch_size: int | None, out: str | os.PathLike[str] | None,
 ) -> tuple[Dataset, RayStages]:  # fmt: skip
     check(replicas)
-    if out is not None:
-        check_folder(Path(out), ds if isinstance(ds, str) else None, Path(folder))
+    check_folder(None if out is None else Path(out), ds if isinstance(ds, str) else None, Path(folder))
     rows = load(ds, None, None, None, None) if isinstance(ds, str) else ds.with_format(None)
     return rows, RayStages(Path(folder), batch_size or 0, replicas=replicas, gpus=gpus, address=address)
 

@@ -50,17 +50,25 @@ def check_out(out: Path, src: str, *beside: Path) -> None:
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
 
 
-def check_folder(out: Path, src: str | None, kept: Path) -> None:
+def check_folder(out: Path | None, src: str | None, kept: Path) -> None:
     """Refuse a folder that `write_folder` should not replace, before anything is paid for.
 
     Args:
-        out: What is to be written.
+        out: What is to be written; None for nothing but `kept`.
         src: Where the rows come from; None where they are in memory.
         kept: The folder of what is done so far.
 
     Raises:
-        ValueError: OUT is no folder, or holds other things than such rows, the source, or what is done so far.
+        ValueError: OUT is no folder, or holds other things than such rows, the source, or what is done so far; or the
+            source would take one of both for rows at the next run.
     """
+    made = [kept / "score" / "0.parquet", *([out / "train-00000-of-00001.parquet"] if out else [])]
+    if src is not None and (also := [file for file in made if _matches(file, src)]):
+        raise ValueError(
+            f"the source, {src}, means {also[0]}, too, which the next run would take for rows: give other folders"
+        )
+    if out is None:
+        return
     taken = [] if src is None else [Path(f) for f in ([src] if Path(src).exists() else glob(src, recursive=True))]
     if any((f if f.is_dir() else f.parent).resolve() == out.resolve() for f in taken):
         raise ValueError(f"OUT, {out}, is where the rows come from: give another one, the source stays as it is")

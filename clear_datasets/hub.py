@@ -197,16 +197,24 @@ def _commit(
 
 def _data_files(card: DatasetCard, config: str, pushed: Iterable[str], left: list[str]) -> list[dict[str, Any]]:
     """Those of a config: of the splits that are pushed, and of others that are there."""
-    configs = {c.get("config_name"): c.get("data_files") for c in card.data.get("configs") or []}
-    known = configs.get(config)
+    folder = _folder(config)
+    ours = {split: f"{folder}/{split}-*" for split in pushed}
+    known = next((c.get("data_files") for c in card.data.get("configs") or [] if c.get("config_name") == config), None)
     if known is None:  # found by their names, as datasets does
-        names = (re.fullmatch(rf"{_folder(config)}/([\w.]+)-\d{{5}}-of-\d{{5}}\.parquet", file) for file in left)
-        known = [{"split": name[1], "path": f"{_folder(config)}/{name[1]}-*"} for name in names if name]
+        names = (re.fullmatch(rf"{folder}/([\w.]+)-\d{{5}}-of-\d{{5}}[^/]*\.\w+", file) for file in left)
+        known = [{"split": name[1], "path": f"{folder}/{name[1]}-*"} for name in names if name]
     elif isinstance(known, str) or all(isinstance(f, str) for f in known):
         known = [{"split": "train", "path": known}]
-    paths = {f["split"]: f["path"] for f in known if any(fnmatch.filter(left, p) for p in as_list(f["path"]))}
-    paths |= {split: f"{_folder(config)}/{split}-*" for split in pushed}
-    return [{"split": split, "path": path} for split, path in paths.items()]
+    new = [f"{folder}/{split}-00000-of-00001.parquet" for split in ours]
+    paths: dict[str, Any] = {}
+    for entry in known:
+        patterns = as_list(entry["path"])
+        files = sorted({file for pattern in patterns for file in fnmatch.filter(left, pattern)})
+        theirs = [file for file in files if not any(fnmatch.fnmatch(file, pattern) for pattern in ours.values())]
+        both = any(fnmatch.filter(new, pattern) for pattern in patterns)  # it would take what is pushed as well
+        if theirs:
+            paths[entry["split"]] = theirs if both else entry["path"]
+    return [{"split": split, "path": path} for split, path in {**paths, **ours}.items()]
 
 
 def _again(call: Callable[[], T]) -> T:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_TIME = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?Z?$"  # as the loader writes one
 
 
 def load(src: str, split: str | None, config: str | None, revision: str | None, limit: int | None) -> Dataset:
@@ -95,6 +95,7 @@ def _reading(files: Sequence[str]) -> Iterator[None]:
     except (DatasetGenerationError, ValueError, StopIteration) as error:  # the last, of an empty file
         cause = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
         why, kind = " ".join(str(cause).split()), OSError if isinstance(cause, OSError) else ValueError
+        why = "there are no rows" if not why or "corresponds to no data" in why else why
         raise kind(f"cannot read {', '.join(files[:3])}{', ...' * (len(files) > 3)}: {why}") from error
 
 
@@ -111,9 +112,11 @@ def _load_csv(files: Sequence[str]) -> Dataset:
         if set(found) != set(names):
             raise ValueError(f"{files[0]} has the columns {', '.join(names)}, {file} has {', '.join(found)}")
     types = {name: OURS.get(name, "string") for name in names}
-    read = {name: Value("string" if kind == "bool" else kind.replace("int", "float")) for name, kind in types.items()}
-    rows = _loaded("csv", files, features=Features(read), keep_default_na=False, na_values=[""])
-    return rows.cast(Features({name: Value(kind) for name, kind in types.items()}))  # pandas has no empty int or bool
+    first = {"bool": "string", "int32": "float32"}  # pandas has no empty bool or int
+    features = Features({name: Value(first.get(kind, kind)) for name, kind in types.items()})
+    rows = _loaded("csv", files, features=features, keep_default_na=False, na_values=[""])
+    wanted = Features({name: Value(kind) for name, kind in types.items()})
+    return rows if wanted == features else rows.cast(wanted)
 
 
 def _csv_columns(file: str) -> list[str]:
@@ -126,22 +129,23 @@ def _csv_columns(file: str) -> list[str]:
 
 
 def _load_json(files: Sequence[str]) -> Dataset:
-    """Read by `json`: the loader of datasets takes texts like dates for times, piece by piece, and rounds numbers.
+    """By the loader of datasets, but where it takes texts like dates for times, or reads an array and rounds numbers.
 
     Raises:
         ValueError: A file is no JSON, its rows are no objects, or a column is of several types.
     """
     from datasets import Dataset, Features
 
-    try:
-        features = _texts(_loaded("json", files).features)  # objects of any kind have a type of their own there
-    except ValueError:  # that may be for texts like dates in some pieces alone
-        features = _inferred(files)
+    rows = _loaded("json", files)
+    texts = _texts(rows.features)
+    if texts == rows.features and not any(map(_is_array, files)) and not _has_times(rows):
+        return rows
     known = tuple((f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files)  # into the name of the cache
-    values = {"files": known, "names": tuple(features)}
     with _reading(files):
-        found: Dataset = Dataset.from_generator(_json_rows, features=Features(features), gen_kwargs=values)
-    return found
+        again: Dataset = Dataset.from_generator(
+            _json_rows, features=Features(texts), gen_kwargs={"files": known, "names": tuple(texts)}
+        )
+    return again
 
 
 def _texts(feature: Any) -> Any:
@@ -155,36 +159,33 @@ def _texts(feature: Any) -> Any:
     return type(feature)(_texts(feature.feature)) if hasattr(feature, "feature") else feature
 
 
-def _inferred(files: Sequence[str]) -> Any:
-    """The features of all rows."""
-    import pyarrow as pa
-    from datasets import Features
+def _has_times(rows: Dataset) -> bool:
+    """Whether texts may be times that the loader found in a piece of a file, and wrote anew for the sake of others."""
+    import pyarrow.compute as pc
 
-    schema, rows = pa.schema([]), _json_rows([(file,) for file in files])
-    with _reading(files):
-        while some := list(islice(rows, 10_000)):
-            found = pa.schema(list(pa.array(some).type))
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
-        if not schema.names:
-            raise ValueError("there are no rows")
-        return Features.from_arrow_schema(schema)
+    texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"]
+    table = rows.data.table.select(texts)
+    return any(pc.any(pc.match_substring_regex(c, _TIME)).as_py() for c in table.columns)
 
 
-def _json_rows(files: Sequence[tuple[Any, ...]], names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of files; with all columns of `names`, where these are given."""
+def _is_array(file: str) -> bool:
+    with open(file, encoding="utf-8-sig") as f:
+        return f.read(4096).lstrip().startswith("[")
+
+
+def _json_rows(files: Sequence[tuple[str, int, int]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of files, with all columns of `names`."""
     for file, *_ in files:
         for row in _json_values(file):
             if not isinstance(row, dict):
                 raise ValueError(f"a row of {file} is {json.dumps(row)[:50]}; expected an object")
-            yield {name: row.get(name) for name in names} if names else row
+            yield {name: row.get(name) for name in names}
 
 
 def _json_values(file: str) -> Iterator[Any]:
     """The rows of an array or of lines."""
     with open(file, encoding="utf-8-sig", newline="\n") as f:
-        array = f.read(4096).lstrip().startswith("[")
-        f.seek(0)
-        if array:
+        if _is_array(file):
             yield from json.load(f)
             return
         for number, line in enumerate(f, 1):

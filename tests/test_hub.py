@@ -177,6 +177,18 @@ def test_splits_stay_and_a_second_push_replaces_the_first(hub, client):
     assert {name: len(part) for name, part in client(load).items()} == {"train": 7, "test": 4}
 
 
+@pytest.mark.parametrize("configs", ["", "configs:\n- config_name: default\n  data_files: data/*.parquet\n"])
+def test_splits_that_a_card_names_in_another_way_stay(hub, client, configs):
+    client(push, decided())
+    repo, old = hub.repos["me/x"], "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"  # a name of older pushes
+    tree, text = dict(repo.commits[repo.branches["main"]]), f"---\nlicense: mit\n{configs}---\n"
+    tree[old] = tree.pop("data/train-00000-of-00001.parquet")
+    tree["README.md"] = type(tree["README.md"])(len(text), "0", text.encode())
+    repo.commit("main", tree, "by hand")
+    client(push, decided(6), split="test")
+    assert {name: len(part) for name, part in client(load).items()} == {"train": 7, "test": 4}
+
+
 def test_the_owners_text_and_other_configs_stay(hub, client):
     client(push, decided())
     theirs = "---\nlicense: mit\nconfigs:\n- config_name: raw\n  data_files: raw.csv\ntags:\n- mine\n---\nMy words.\n\n"
