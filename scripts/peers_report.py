@@ -1,8 +1,9 @@
-"""The tables of docs/benchmarks/peers.json: ``python scripts/peers_report.py``."""
+"""docs/benchmarks/peers.json as tables, put into README and docs/benchmarks.md: ``python scripts/peers_report.py``."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,28 @@ def sizes(entry: dict[str, Any]) -> int:
     return max(told["summary"]["rows"] for told in entry["methods"].values())
 
 
+def filled(page: str, readme: str, entries: list[dict[str, Any]]) -> tuple[str, str]:
+    """Both texts with the tables, numbers of rows and commands of the entries; what is said of them stays."""
+    for entry in entries:
+        head = f"{TASKS[entry['task']]}, {sizes(entry)} of {entry['rows']} rows so far:"
+        page = _put(
+            rf"{TASKS[entry['task']]}, \d+ of \d+ rows so far:\n\n(\|.*\n)+", f"{head}\n\n{table(entry)}\n", page
+        )
+        for command in {told["command"] for told in entry["methods"].values()}:
+            page = _put(re.escape(re.sub(r" --rows \d+", "", command)) + r"( --rows \d+)?\n", f"{command}\n", page)
+    return page, _put(r"\| rows \| clear_datasets, by a server.*\n(\|.*\n)+", f"{brief(entries)}\n", readme)
+
+
+def _put(pattern: str, new: str, text: str) -> str:
+    found, count = re.subn(pattern, lambda _: new, text)
+    if not count:
+        raise ValueError(f"nothing in the page matches {pattern}")
+    return found
+
+
 if __name__ == "__main__":
-    every = json.loads((Path(__file__).parents[1] / "docs" / "benchmarks" / "peers.json").read_text())
-    print(brief(every))
-    for each in every:
-        print(f"\n{TASKS[each['task']]}, {sizes(each)} of {each['rows']} rows, {each['model']}\n\n{table(each)}")
+    root = Path(__file__).parents[1]
+    files = root / "docs" / "benchmarks.md", root / "README.md"
+    every = json.loads((root / "docs" / "benchmarks" / "peers.json").read_text())
+    for file, text in zip(files, filled(*(f.read_text() for f in files), every), strict=True):
+        file.write_text(text)

@@ -214,12 +214,13 @@ def test_the_docs_say_what_replicas_gain(monkeypatch):
 
 def test_the_page_says_how_others_score(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from peers_report import brief, table
+    from peers_report import brief, filled, table
 
     entries = json.loads((ROOT / "docs" / "benchmarks" / "peers.json").read_text())
     assert brief(entries) in (ROOT / "README.md").read_text()
     solutions = next(e for e in entries if e["task"] == "gsm8k")["methods"]["clear_server"]["parts"]["consistency"]
     assert f"for {solutions.count(0)} of the {len(solutions)} rows none of five samples" in PAGE
+    assert filled(PAGE, README, entries) == (PAGE, README)
     for entry in entries:
         assert table(entry) in PAGE
         assert all(found["command"] in PAGE for found in entry["methods"].values())
