@@ -6,7 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -202,7 +202,7 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         return [self._keeps(v, e) for v, e in zip(value, [""] * len(value) if error is None else error, strict=True)]
 
     def _keeps(self, confidence: float | None, error: Any) -> bool:
-        if confidence is not None and not np.isnan(confidence):  # JSON files hold null for nan
+        if is_score(confidence):
             return bool(confidence > self.gamma)
         if self.failed == "raise":
             raise ValueError(f"a row has no score ({error or 'no reason given'}); failed='keep' or 'drop' goes on")
@@ -272,17 +272,18 @@ class _Decide:
         scores = batch[self.keeps.column]
         if self.agreed == "keep" and "clear_agreed" in batch:
             for i, same in enumerate(batch["clear_agreed"]):
-                decisions[i] = "keep" if same and _known(scores[i]) else decisions[i]
+                decisions[i] = "keep" if same and is_score(scores[i]) else decisions[i]
         if "clear_candidate" in batch:
             if "clear_preference" not in batch:
                 raise ValueError("candidates have no preference: run ds = ds.map(clear.prefer, batched=True) first")
             preferences = batch["clear_preference"]
             for i, candidate in enumerate(batch["clear_candidate"]):
-                confident = candidate and _known(scores[i]) and _known(preferences[i]) and preferences[i] > self.eta
+                confident = candidate and is_score(scores[i]) and is_score(preferences[i]) and preferences[i] > self.eta
                 if confident and (decisions[i] == "drop" or self.correct == "all"):
                     decisions[i] = "replace"
         return {"clear_decision": decisions}
 
 
-def _known(value: float | None) -> bool:
-    return value is not None and not np.isnan(value)  # JSON files hold null for nan
+def is_score(value: float | None) -> TypeGuard[float]:
+    """Whether there is one: nan says that there is none, and JSON files hold null for nan."""
+    return value is not None and not np.isnan(value)

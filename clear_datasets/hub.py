@@ -180,8 +180,8 @@ def _commit(
         old = DatasetCard(EMPTY)
     ours, new = tuple(f"{_folder(c)}/{s}-" for c in rows for s in rows[c]), {f.path_in_repo for f in files}
     gone = [f.rfilename for f in there.siblings or () if f.rfilename.startswith(ours) and f.rfilename not in new]
-    left = [f.rfilename for f in there.siblings or () if f.rfilename not in gone]
-    configs = {config: _data_files(old, config, rows[config], left) for config in rows}
+    others = [f.rfilename for f in there.siblings or () if not f.rfilename.startswith(ours)]
+    configs = {config: _data_files(old, config, rows[config], others) for config in rows}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         *files,
         *([CommitOperationAdd(IMAGE, body.image)] if body.image else []),
@@ -195,26 +195,24 @@ def _commit(
     return str(done.commit_url)
 
 
-def _data_files(card: DatasetCard, config: str, pushed: Iterable[str], left: list[str]) -> list[dict[str, Any]]:
-    """Those of a config: of the splits that are pushed, and of others that are there."""
+def _data_files(card: DatasetCard, config: str, pushed: Iterable[str], others: list[str]) -> list[dict[str, Any]]:
+    """Those of a config: of the splits that are pushed, and of those that other files of the repository belong to."""
     folder = _folder(config)
-    ours = {split: f"{folder}/{split}-*" for split in pushed}
     known = next((c.get("data_files") for c in card.data.get("configs") or [] if c.get("config_name") == config), None)
     if known is None:  # found by their names, as datasets does
-        names = (re.fullmatch(rf"{folder}/([\w.]+)-\d{{5}}-of-\d{{5}}[^/]*\.\w+", file) for file in left)
+        names = (re.fullmatch(rf"{folder}/([\w.]+)-\d{{5}}-of-\d{{5}}[^/]*\.\w+", file) for file in others)
         known = [{"split": name[1], "path": f"{folder}/{name[1]}-*"} for name in names if name]
     elif isinstance(known, str) or all(isinstance(f, str) for f in known):
         known = [{"split": "train", "path": known}]
-    new = [f"{folder}/{split}-00000-of-00001.parquet" for split in ours]
     paths: dict[str, Any] = {}
     for entry in known:
         patterns = as_list(entry["path"])
-        files = sorted({file for pattern in patterns for file in fnmatch.filter(left, pattern)})
-        theirs = [file for file in files if not any(fnmatch.fnmatch(file, pattern) for pattern in ours.values())]
-        both = any(fnmatch.filter(new, pattern) for pattern in patterns)  # it would take what is pushed as well
-        if theirs:
-            paths[entry["split"]] = theirs if both else entry["path"]
-    return [{"split": split, "path": path} for split, path in {**paths, **ours}.items()]
+        if files := sorted({file for pattern in patterns for file in fnmatch.filter(others, pattern)}):
+            new = [f"{folder}/{split}-00000-of-00001.parquet" for split in pushed]
+            both = any(fnmatch.filter(new, pattern) for pattern in patterns)  # it would take what is pushed as well
+            paths[entry["split"]] = files if both else entry["path"]
+    paths |= {split: f"{folder}/{split}-*" for split in pushed}
+    return [{"split": split, "path": path} for split, path in paths.items()]
 
 
 def _again(call: Callable[[], T]) -> T:

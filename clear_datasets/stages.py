@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.confidence import BSDetector
+from clear_datasets.decide import is_score
 from clear_datasets.files import write
 from clear_datasets.terminal import console, progress
 
@@ -139,16 +139,12 @@ def usual_batch_size() -> int:
     return batch_size_on(torch.cuda.device_count() > 0)
 
 
-def _has_score(confidence: float | None) -> bool:
-    return confidence is not None and not math.isnan(confidence)  # JSON holds null for nan
-
-
 def train_writer(decided: Dataset, clear: Clear) -> None:
     """Fine-tune the model on the rows that are decided for, into the place of the writer."""
     from clear_datasets import curated
     from clear_datasets.finetune import finetune
 
     assert clear.writer is not None
-    rows = curated(decided, clear.format).filter(_has_score, input_columns="clear_confidence")
+    rows = curated(decided, clear.format).filter(is_score, input_columns="clear_confidence")
     console.print(f"fine-tuning on {len(rows):,} rows, into {clear.writer}")
     finetune(rows, clear.model, clear.writer, revision=clear.revision, format=clear.format)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clear_datasets.adaptive import Adaptive, Bounded
+from clear_datasets.apply import OURS
 from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
 from clear_datasets.confidence import BSDetector, Estimator
@@ -284,9 +285,8 @@ class Clear:
             raise ValueError(
                 "there are no features: this stream has no schema; give one, Features({...}), of its columns"
             )
-        added = {name: Value("float32") for name in ((*_COLUMNS, *BOUNDS) if adaptive else _COLUMNS)}
-        added |= {"clear_drawn": Value("int32")} if adaptive else {}
-        return Features({**features, **added, "clear_error": Value("string")})
+        added = (*_COLUMNS, *((*BOUNDS, "clear_drawn") if adaptive else ()), "clear_error")
+        return Features({**features, **{name: Value(OURS[name]) for name in added}})
 
     def _read(self, batch: Batch) -> tuple[list[Example | None], list[str]]:
         form = (self.format or infer_rows(batch)) if batch.size else None

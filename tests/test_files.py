@@ -63,11 +63,7 @@ def test_an_object_over_several_lines_is_a_row(tmp_path):
     [
         ("a.jsonl", '{"question": "Who?"}\n\n{"question": \n', r"cannot read .*a\.jsonl: JSON parse error"),
         ("a.jsonl", '{"question": "Who?"}\n["x"]\n', r"cannot read .*a\.jsonl: .*from object to string"),
-        (
-            "a.jsonl",
-            '{"at": "2024-01-05"}\n3\n',
-            r"a row of .*a\.jsonl is 3; expected an object|cannot read .*a\.jsonl: ",
-        ),
+        ("a.jsonl", '{"at": "2024-01-05"}\n3\n', r"cannot read .*a\.jsonl: JSON parse error"),
         ("a.csv", "question,answer\n", r"cannot read .*a\.csv: there are no rows"),
         ("a.jsonl", "\n", r"cannot read .*a\.jsonl: there are no rows"),
         ("a.jsonl", "", r"cannot read .*a\.jsonl: there are no rows"),

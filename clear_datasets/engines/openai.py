@@ -128,25 +128,24 @@ class OpenAI(Queued):
                 asks.tell("choose", position - size, result)
 
         paid = _PAID.setdefault(self, {}) if asks.tell is untold else {}
-        hello: Messages = [{"role": "user", "content": "Hello"}]
-        probe: _Job = partial(self._weigh, hello, asks.labels)
-        if not asks.choose:
-            probe = partial(
-                self._write, hello, max(asks.draws, default=1), asks.temperature, max(asks.limits, default=1)
-            )
-        found = wait_for(self._all(jobs, tell, paid, probe))
+        try:
+            found = wait_for(self._all(jobs, tell, paid))
+        except PromptError as error:
+            alike = len(error.reasons) == len(jobs) >= _ALL and len(set(error.reasons.values())) == 1
+            if alike and not wait_for(self._takes(asks)):  # else these are left over, as others are known
+                raise EngineError(
+                    f"{self._where} refuses all of {len(jobs)} requests to {self.model} alike: {error.reasons[0]}"
+                ) from None
+            raise
         chosen = np.array(found[size:], dtype=np.float32).reshape(len(asks.choose), len(asks.labels))
         written = [texts * asks.times for texts in found[:size]]
         cut = [[c for _, c in texts] for texts in written]
         return Answers([[text for text, _ in texts] for texts in written], chosen, read, cut)
 
     async def _all(
-        self, jobs: list[tuple[str, _Job]], tell: Callable[[int, Any], None], paid: dict[str, Any], probe: _Job
+        self, jobs: list[tuple[str, _Job]], tell: Callable[[int, Any], None], paid: dict[str, Any]
     ) -> list[Any]:
-        """Results of all jobs in their order, `concurrency` at a time; each is told as soon as it is there.
-
-        Where all are refused alike, `probe` says whether that is for what they have in common.
-        """
+        """Results of all jobs in their order, `concurrency` at a time; each is told as soon as it is there."""
         import openai
 
         results: dict[int, Any] = {}
@@ -177,22 +176,23 @@ class OpenAI(Queued):
                 paid |= {jobs[i][0]: result for i, result in results.items()}
         if failures:
             raise self._failure(failures[0]) from None  # a server may have put the key into its words
-        alike = len(reasons) == len(jobs) >= _ALL and len(set(reasons.values())) == 1
-        if alike and not await self._takes(probe):  # else these are left over, as others are known
-            raise EngineError(f"{self._where} refuses all of {len(jobs)} requests to {self.model} alike: {reasons[0]}")
         if reasons:
             raise PromptError(reasons)
         for key, _ in jobs:
             paid.pop(key, None)
         return [results[i] for i in range(len(jobs))]
 
-    async def _takes(self, job: _Job) -> bool:
-        """Whether the server does not refuse a job."""
+    async def _takes(self, asks: Asks) -> bool:
+        """Whether the server takes a prompt that nothing is wrong with, asked as these are."""
         import openai
 
+        hello: Messages = [{"role": "user", "content": "Hello"}]
         try:
             async with asyncio.timeout(self.deadline):
-                await job()
+                if asks.choose:
+                    await self._weigh(hello, asks.labels)
+                else:
+                    await self._write(hello, max(asks.draws), asks.temperature, max(asks.limits))
         except (openai.APIError, TimeoutError) as error:
             if getattr(error, "status_code", 0) in _REFUSED:
                 return False
