@@ -218,6 +218,7 @@ class Adaptive:
         if not left or not detector.samples_needed(engine):
             return found.confidence.copy(), found.confidence.copy()
         s, r = found.similarity.astype(np.float64), found.agreement.astype(np.float64)
+        s = s if detector.alpha else np.zeros_like(s)  # not asked for
         of_s = detector.beta * detector.alpha * left / np.maximum(found.compared + left, 1)
         of_r = detector.beta * (1 - detector.alpha) * left / detector.k * (not (detector.reads and engine.reads))
         least = score - of_s * s - of_r * r - self._margin

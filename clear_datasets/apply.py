@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from clear_datasets.decide import is_empty
 from clear_datasets.formats import Format, FormatError, RowOf, infer_rows
 
 if TYPE_CHECKING:
@@ -36,11 +37,13 @@ def curated(ds: D, format: Format | None = None) -> D:
         ValueError: There is no column ``clear_decision``.
     """
     for split in ds.values() if isinstance(ds, Mapping) else [ds]:
-        if split.column_names is not None and "clear_decision" not in split.column_names:
+        if not (is_empty(split) or _has(split, "clear_decision")):
             raise ValueError("no column 'clear_decision': run ds = ds.map(decide(gamma), batched=True) first")
     step = _Replace(format)
 
     def apply(split: Any) -> Any:
+        if is_empty(split) and not _has(split, "clear_decision"):
+            return split
         left = split.filter(_stays, input_columns="clear_decision")
         return _mapped(left, step, "clear_original") if _has(left, "clear_candidate") else left
 
@@ -86,7 +89,7 @@ def _mapped(split: Any, step: Callable[..., dict[str, Any]], new: str = "") -> A
     features = split.features and split.features.copy()
     if features is not None and new:
         features[new] = Value("string")
-    if hasattr(split, "__len__") and not len(split):  # which map leaves as it is
+    if is_empty(split):  # which map leaves as it is
         return split.add_column(new, [], feature=Value("string")) if new and not _has(split, new) else split
     return split.map(step, batched=True, features=features)
 

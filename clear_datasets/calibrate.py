@@ -113,6 +113,8 @@ def calibrate(
     tried = [_Tried(e, _whole(e)(examples, engine), good, seed, number) for number, e in estimators]
     for one in tried:
         signals |= one.signals
+        if lacking := int(np.isnan(one.found.confidence).sum()):
+            notes.append(f"{lacking} of {len(good)} rows have no score of {one.name}: they tell nothing for it")
     own = tried[0].without_the_useless(notes)
     best = max(tried, key=lambda one: one.fitted_auroc)
     gain = _difference(best.out_of_fold, tried[0].scores(*own), good, seed)
@@ -197,7 +199,7 @@ class _Tried:
         self.out_of_fold = np.full(len(good), np.nan)
         for fold in self._folds():
             self.out_of_fold[fold] = self.scores(*self._best(~fold))[fold]
-        self.fitted_auroc = makers.auroc(self.out_of_fold.tolist(), good.tolist())
+        self.fitted_auroc = _auroc_of_all(self.out_of_fold, good)
 
     def scores(self, alpha: float, beta: float) -> Scores:
         """Confidence by other weights; a part without weight does not matter, be it nan."""
@@ -229,10 +231,9 @@ class _Tried:
         betas = [b for b in _GRID if not ("f" in self.useless and b < 1) and not ({"s", "r"} <= self.useless and b > 0)]
         own = self.estimator.alpha, self.estimator.beta
         pairs = [(a, b) for a in alphas or (own[0],) for b in betas or (own[1],)]
-        good = self.good[rows].tolist()
 
         def worth(weights: tuple[float, float]) -> tuple[float, float]:
-            auroc = makers.auroc(self.scores(*weights)[rows].tolist(), good)
+            auroc = _auroc_of_all(self.scores(*weights)[rows], self.good[rows])
             return round(auroc, 4), -abs(weights[0] - own[0]) - abs(weights[1] - own[1])
 
         return max(pairs, key=worth)
@@ -247,15 +248,25 @@ class _Tried:
 
 
 def interval(scores: npt.ArrayLike, good: npt.NDArray[np.bool_], seed: int = 0) -> Interval:
-    """AUROC with its 95% bootstrap interval."""
+    """AUROC with its 95% bootstrap interval; of 0 and 1, which would be certain, Wilson's by the rarer kind."""
     values = np.asarray(scores, dtype=float)
-    return bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
+    found = bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
+    if found[0] not in (0.0, 1.0):
+        return found
+    known = good[~np.isnan(values)]
+    return share(np.full(min(known.sum(), (~known).sum()), bool(found[0])))
+
+
+def _auroc_of_all(scores: Scores, good: npt.NDArray[np.bool_]) -> float:
+    """AUROC in which a row without a score ties with all others: it tells nothing, and no row is left out."""
+    known = ~np.isnan(scores)
+    pairs = (known & good).sum() * (known & ~good).sum() / max(good.sum() * (~good).sum(), 1)
+    return float(0.5 + pairs * (makers.auroc(scores.tolist(), good.tolist()) - 0.5)) if pairs else 0.5
 
 
 def _difference(ours: Scores, theirs: Scores, good: npt.NDArray[np.bool_], seed: int) -> Interval:
     def gain(rows: npt.NDArray[Any]) -> float:
-        kinds = good[rows].tolist()
-        return makers.auroc(ours[rows].tolist(), kinds) - makers.auroc(theirs[rows].tolist(), kinds)
+        return _auroc_of_all(ours[rows], good[rows]) - _auroc_of_all(theirs[rows], good[rows])
 
     return bootstrap(gain, len(good), seed)
 

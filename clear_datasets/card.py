@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import DatasetCard
 
     from clear_datasets import Clear
+    from clear_datasets.formats import Format
 
 IMAGE = "clear_confidence.png"
 EMPTY = "---\n{}\n---\n"  # a card without the YAML block would be warned of
@@ -50,6 +51,7 @@ def card(
     settings: Mapping[str, Any],
     source: str,
     theirs: Mapping[str, Any],
+    audited: bool,
 ) -> Body:
     """What is said of rows with decisions, of all splits.
 
@@ -60,6 +62,7 @@ def card(
         settings: More of what they were made with.
         source: Hub id of the source, or "".
         theirs: The YAML of the source's card.
+        audited: Whether they are all rows, with the targets that they had.
     """
     from datasets import concatenate_datasets
 
@@ -67,7 +70,7 @@ def card(
     from clear_datasets.report import plot
 
     whole = concatenate_datasets([part.with_format(None) for part in rows.values()])
-    counts = _counts(whole)
+    counts = _counts(whole, audited)
     image = BytesIO()
     if scored := "clear_confidence" in whole.column_names:
         plot(whole).save(image, format="png", scale_factor=2)
@@ -88,12 +91,12 @@ def card(
         "replaced": counts["replaced"],
         "judge": _judge(whole),
         "image": IMAGE if scored else "",
-        "audited": "clear_decision" in whole.column_names,
+        "audited": audited,
         "command": more.pop("command", ""),
         "code": _code(clear, more, source, rows) if clear else "",
         "detector": clear is None or isinstance(clear.confidence, BSDetector),
         "settings": {_cell(name): _cell(value) for name, value in {**settings_of(clear), **more}.items()},
-        "examples": _examples(whole, clear),
+        "examples": _examples(whole, clear, audited),
     }
     return Body(values, image.getvalue(), data)
 
@@ -139,15 +142,14 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-def _counts(rows: Dataset) -> dict[str, int]:
+def _counts(rows: Dataset, audited: bool) -> dict[str, int]:
     import numpy as np
 
     scores = np.asarray(rows["clear_confidence"][:] if "clear_confidence" in rows.column_names else [], dtype=float)
     if "clear_decision" in rows.column_names:
         decisions = rows["clear_decision"][:]
-        counts = {
-            name: decisions.count(d) for name, d in (("kept", "keep"), ("dropped", "drop"), ("replaced", "replace"))
-        }
+        names = {"kept": "keep", **({"dropped": "drop"} if audited else {}), "replaced": "replace"}
+        counts = {name: decisions.count(decision) for name, decision in names.items()}
     else:
         replaced = sum(map(bool, rows["clear_original"][:])) if "clear_original" in rows.column_names else 0
         counts = {"kept": len(rows) - replaced, "replaced": replaced}
@@ -177,7 +179,7 @@ def settings_of(clear: Clear | None) -> dict[str, Any]:
 
 
 def origin(part: Dataset) -> tuple[str, str, str]:
-    """Hub id, configuration and commit that rows were loaded from; "" where they were not.
+    """Hub id as `in_cache` has it, configuration and commit that rows were loaded from; "" where they were not.
 
     A dataset says so in the names of its cache files alone: owner___name/configuration/version/commit/.
     """
@@ -186,6 +188,19 @@ def origin(part: Dataset) -> tuple[str, str, str]:
         if len(names) == 4 and "___" in names[0] and re.fullmatch("[0-9a-f]{40}", names[3]):
             return names[0].replace("___", "/", 1), names[1], names[3]
     return "", "", ""
+
+
+def in_cache(repo: str) -> str:
+    """How the cache of `datasets` writes a Hub id.
+
+    Examples:
+        >>> in_cache("Open-Orca/OpenOrca")
+        'Open-Orca/open_orca'
+    """
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, slash, name = repo.rpartition("/")
+    return f"{owner}{slash}{camelcase_to_snakecase(name)}"
 
 
 def _code(clear: Clear, settings: Mapping[str, Any], source: str, rows: Mapping[str, Dataset]) -> str:
@@ -198,7 +213,8 @@ def _code(clear: Clear, settings: Mapping[str, Any], source: str, rows: Mapping[
 
     part, *others = rows.values()
     (known, config, commit), split = origin(part), str(part.split or "")
-    infos = dict(part.info.splits or {}) if known and (known, config) == (source, part.info.config_name) else {}
+    of_source = known and (known, config) == (in_cache(source), part.info.config_name)
+    infos = dict(part.info.splits or {}) if of_source else {}
     whole = split in infos and infos[split].num_examples == len(part)
     if others or not whole or clear.writer or clear.engine or not _ours(clear) or "gamma" not in settings:
         return ""
@@ -261,7 +277,7 @@ def last_part(text: str) -> str:
     return text
 
 
-def _examples(rows: Dataset, clear: Clear | None) -> dict[str, list[dict[str, str]]]:
+def _examples(rows: Dataset, clear: Clear | None, audited: bool) -> dict[str, list[dict[str, str]]]:
     """A few rows of each decision: of those kept and dropped the least confident."""
     import numpy as np
 
@@ -276,18 +292,21 @@ def _examples(rows: Dataset, clear: Clear | None) -> dict[str, list[dict[str, st
     for decision, title in _DECISIONS.items():
         chosen = np.flatnonzero((decisions == decision) & ~np.isnan(scores))
         chosen = chosen[np.argsort(scores[chosen], kind="stable")][:_EXAMPLES]
-        found[title] = [_example(form.read(rows[int(i)]), rows[int(i)]) for i in chosen]
+        found[title] = [_example(rows[int(i)], form, audited) for i in chosen]
     return {title: shown for title, shown in found.items() if shown}
 
 
-def _example(example: Any, row: Mapping[str, Any]) -> dict[str, str]:
-    candidate = row.get("clear_candidate", "") if row["clear_decision"] == "replace" else ""
+def _example(row: Mapping[str, Any], form: Format, audited: bool) -> dict[str, str]:
+    example = form.read(row)
+    former, now = example.response, row.get("clear_candidate") or ""
+    if not audited:  # curated by now
+        former, now = row.get("clear_original") or former, former
+    replaced = now if row["clear_decision"] == "replace" else ""
     return {
         "confidence": f"{row['clear_confidence']:.3f}",
         "prompt": _text(example.prompt[-1]["content"]),
-        "target": _text(example.response),
-        "former": candidate,
-        "candidate": _text(candidate),
+        "target": _text(former if replaced else example.response),
+        "candidate": _text(replaced),
     }
 
 

@@ -10,7 +10,7 @@ import typer
 
 from clear_datasets import cache_commands, options, results
 from clear_datasets.apply import OURS
-from clear_datasets.files import check_out, write
+from clear_datasets.files import check_flat, check_out, write
 from clear_datasets.reading import load
 from clear_datasets.terminal import calibration_tables, clear_errors, console, cost_table, summary
 
@@ -78,15 +78,19 @@ def score(
 ) -> None:
     """Add confidence columns to every row of SRC."""
     with clear_errors(2):
-        check_out(out, src, *([results.shard_file(out)] if shard else []))
+        check_out(out, src, results.shard_file(out) if shard else results.settings_file(out))
+        results.check_no_audit(out)
         stages = options.stages(out, batch_size, replicas, ray, shard)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
+        check_flat(rows, out)
         form = options.format_of(rows, prompt, response, input, context, system)
         clear = options.steps(model, model_revision, form, samples, math, cache=cache)
         scored = stages.score(rows, clear)
         if shard:
-            results.keep_shard(out, clear, stages, len(rows))
+            results.keep_shard(out, clear, stages, rows)
+        else:
+            results.keep_settings(out, clear, rows)
         write(scored, out)
         summary(scored, out, clear, None)
 
@@ -149,8 +153,11 @@ def curate(
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
     with clear_errors():
         rows = load(src, split, config, revision, limit)
+        check_flat(rows, out)
         form = options.format_of(rows, prompt, response, input, context, system)
         clear = options.steps(model, model_revision, form, samples, math, preference, cache=cache)
+        if scored:
+            results.check_scored_by(src, clear)
         whole = _with_scores(rows, src) if scored else stages.score(rows, clear)
         older = ("candidate", "agreed", "preference", "position_bias", "decision")  # of an audit as SRC
         whole = whole.remove_columns([c for c in whole.column_names if c in {f"clear_{name}" for name in older}])

@@ -221,10 +221,11 @@ class BSDetector:
         total = sum((np.float32(w) * part for w, part in parts if w), np.zeros(len(examples), dtype=np.float32))
         for i in np.flatnonzero(np.isnan(total)).tolist():
             run.errors[i] = run.errors[i] or (
-                "the model answers the reflection question with none of its labels: BSDetector(beta=1) does without it"
-                if self.beta < 1 and np.isnan(reflection[i])
-                else "the model's probabilities are not numbers: try dtype='float32'"
+                "the model's probabilities are not numbers: try dtype='float32'"
                 if i in first and any(np.isnan(x).any() for x in first[i].read)
+                else "the model answers the reflection question with none of its labels: "
+                "BSDetector(beta=1) does without it"
+                if self.beta < 1 and np.isnan(reflection[i])
                 else "the similarity cannot compare the response with the model's own answers"
             )
         return Confidence(total, consistency, reflection, run.errors, similarity, agreement, compared)
@@ -291,7 +292,7 @@ class _Run:
         responses = {i: self.examples[i].response for i in first}
         samples = {i: [prompts.answer_of(t, settings.samples) for a in answers.generated for t in a]
                    for i, answers in first.items()}  # fmt: skip
-        pairs = [(responses[i], sample) for i in first for sample in samples[i]]
+        pairs = [(responses[i], sample) for i in first for sample in samples[i] if settings.alpha]
         similar = iter(settings.compared(pairs, self.engine))
         for i, answers in first.items():
             agreement = (
@@ -299,7 +300,7 @@ class _Run:
                 if answers.read
                 else float(np.mean([words(s) == words(responses[i]) for s in samples[i]]))
             )
-            near = np.array([next(similar) for _ in samples[i]], dtype=np.float32)
+            near = np.array([next(similar) for _ in samples[i] if settings.alpha], dtype=np.float32)
             agreements[i], compared[i] = agreement, np.count_nonzero(~np.isnan(near))
             if not len(near):
                 scores[i] = agreement
@@ -322,5 +323,5 @@ def _hint_at_results(examples: Sequence[Example]) -> None:
 
 def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:
     """How much likelier the whole prompt makes the response than any part does, as a probability; 0.5: no likelier."""
-    gain = float(whole.sum() - max(part.sum() for part in parts))
+    gain = float(whole.sum() - np.max([part.sum() for part in parts]))  # which nan passes, wherever it stands
     return 0.5 + 0.5 * math.tanh(gain / _SCALE / 2)  # the logistic function, without overflow

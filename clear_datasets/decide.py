@@ -129,9 +129,15 @@ def columns_of(ds: Any, names: Sequence[str]) -> npt.NDArray[np.float64]:
     Raises:
         ValueError: There is no column of the first name.
     """
-    splits = ds.values() if isinstance(ds, Mapping) else [ds]
+    splits = list(ds.values()) if isinstance(ds, Mapping) else [ds]
+    splits = [s for s in splits if not is_empty(s)] or splits[:1]
     found = [_values(split, names) if hasattr(split, "__len__") else _read(split, names) for split in splits]
     return np.concatenate(found, axis=1)
+
+
+def is_empty(split: Any) -> bool:
+    """Whether a split is known to have no rows: `map` adds no column to it."""
+    return hasattr(split, "__len__") and not len(split)
 
 
 def _values(split: Dataset, names: Sequence[str]) -> npt.NDArray[np.float64]:
@@ -203,7 +209,7 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
 
     def _keeps(self, confidence: float | None, error: Any) -> bool:
         if is_score(confidence):
-            return bool(confidence > self.gamma)
+            return float(confidence) > self.gamma  # else numpy rounds gamma where a score is its own float32
         if self.failed == "raise":
             raise ValueError(f"a row has no score ({error or 'no reason given'}); failed='keep' or 'drop' goes on")
         return self.failed == "keep"
@@ -278,8 +284,8 @@ class _Decide:
                 raise ValueError("candidates have no preference: run ds = ds.map(clear.prefer, batched=True) first")
             preferences = batch["clear_preference"]
             for i, candidate in enumerate(batch["clear_candidate"]):
-                confident = candidate and is_score(scores[i]) and is_score(preferences[i]) and preferences[i] > self.eta
-                if confident and (decisions[i] == "drop" or self.correct == "all"):
+                sure = is_score(scores[i]) and is_score(preferences[i]) and float(preferences[i]) > self.eta
+                if candidate and sure and (decisions[i] == "drop" or self.correct == "all"):
                     decisions[i] = "replace"
         return {"clear_decision": decisions}
 

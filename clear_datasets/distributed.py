@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -150,12 +151,12 @@ class RayStages(Stages):
 
     def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
         """See `Stages.answered`: as replicas are done with them, once more where an engine failed."""
-        left = set(batches)
+        left, work = set(batches), _Work.of(step, mark)
         while left:
             assert self.replicas != "auto"  # `run` has filled it in
             before, in_a_row = len(left), 0
             error: Exception = EngineError(f"the workers that had rows {min(left)[0]} to {max(left)[1]} died")
-            for span, added in _asked(rows, sorted(left), (step, mark), min(self.replicas, len(left)), self.gpus):
+            for span, added in _asked(rows, sorted(left), work, min(self.replicas, len(left)), self.gpus):
                 if isinstance(added, Exception):
                     error, in_a_row = added, in_a_row + 1
                     if not isinstance(error, EngineError | OSError) or in_a_row > 2 * self.replicas:
@@ -169,7 +170,7 @@ class RayStages(Stages):
 
 
 def _asked(
-    rows: Dataset, batches: list[Span], work: tuple[Step, str], replicas: int, gpus: float | None
+    rows: Dataset, batches: list[Span], work: _Work, replicas: int, gpus: float | None
 ) -> Iterator[tuple[Span, Dataset | Exception]]:
     """Each batch as soon as it is done, or what went wrong with it; those on which workers died are missing."""
     import ray.data
@@ -180,7 +181,7 @@ def _asked(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, which has no other name yet
             done = blocks.map_batches(
-                _Replica, fn_constructor_args=work, batch_size=None, batch_format="pyarrow", num_cpus=1,
+                _Replica, fn_constructor_args=(work,), batch_size=None, batch_format="pyarrow", num_cpus=1,
                 num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=replicas), max_task_retries=_DEATHS,
             )  # fmt: skip
         for block in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -190,14 +191,48 @@ def _asked(
                 yield span, _raised(kind, found["text"]) if kind else Dataset.from_buffer(found["rows"])
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What a replica does.
+
+    Attributes:
+        step: Of `Clear`.
+        mark: See `added_by`.
+        folder: Where the caller is.
+        local: Files and folders of the caller that the step names.
+    """
+
+    step: Step
+    mark: str
+    folder: str
+    local: tuple[str, ...]
+
+    @classmethod
+    def of(cls, step: Step, mark: str) -> _Work:
+        clear: Any = getattr(step, "__self__", None)
+        names = [getattr(part, name, None) for part in (clear, getattr(clear, "engine", None))
+                 for name in ("model", "writer", "adapter")]  # fmt: skip
+        return cls(step, mark, os.getcwd(), tuple(n for n in names if isinstance(n, str) and n and os.path.exists(n)))
+
+    def begin(self) -> None:
+        """Go where the caller is if that is how files are found: Ray's workers are where Ray was started."""
+        if not all(map(os.path.exists, self.local)) and os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        if missing := [name for name in self.local if not os.path.exists(name)]:  # a Hub id may be of the same name
+            raise OSError(
+                f"{missing[0]} is on the machine that calls, in {self.folder}, and not on {socket.gethostname()}: put "
+                "it where all machines see it, or name one of the Hub"
+            )
+
+
 class _Replica:
     """An actor's class; its engine is in the table of the actor's process."""
 
-    def __init__(self, step: Step, mark: str) -> None:
+    def __init__(self, work: _Work) -> None:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
-        self.step, self.mark, self.failed = step, mark, 0
+        self.work, self.failed = work, 0
 
     def __call__(self, block: pa.Table) -> pa.Table:
         import pyarrow as pa
@@ -207,7 +242,8 @@ class _Replica:
         asked, known = COUNTS.asked, COUNTS.known
         rows, error = b"", ("", "")
         try:
-            added = added_by(Dataset.from_buffer(found["rows"]), self.step, self.mark)
+            self.work.begin()
+            added = added_by(Dataset.from_buffer(found["rows"]), self.work.step, self.work.mark)
             rows, self.failed = _bytes(added, 0, len(added)), 0
         except Exception as problem:  # raised by the caller, which knows how others fare
             error, self.failed = _named(problem), self.failed + 1

@@ -50,6 +50,22 @@ def check_out(out: Path, src: str, *beside: Path) -> None:
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
 
 
+def check_flat(ds: Dataset, out: Path) -> None:
+    """Refuse lists and objects in CSV, which would be texts that nobody reads back.
+
+    Raises:
+        ValueError: OUT is a CSV file, and a column holds them.
+    """
+    from datasets import ClassLabel, Value
+
+    nested = [repr(name) for name, f in ds.features.items() if not isinstance(f, Value | ClassLabel)]
+    if out.suffix == ".csv" and nested:
+        raise ValueError(
+            f"column{'s' * (len(nested) > 1)} {', '.join(nested)} would not be read back from CSV: end OUT, {out}, in "
+            ".jsonl or .parquet"
+        )
+
+
 def check_folder(out: Path | None, src: str | None, kept: Path) -> None:
     """Refuse a folder that `write_folder` should not replace, before anything is paid for.
 
@@ -106,6 +122,7 @@ def write(ds: Dataset, out: Path) -> None:
         if out.suffix in (".jsonl", ".json"):
             _write_json(ds, part, array=out.suffix == ".json")
         elif out.suffix == ".csv":
+            check_flat(ds, out)
             ds.to_csv(part, index=False)
         elif out.suffix == ".parquet":
             with _Enduring(part.open("wb", buffering=0)) as f:

@@ -8,12 +8,13 @@ import random
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from clear_datasets.apply import OURS
-from clear_datasets.card import EMPTY, IMAGE, Body, as_list, card, merged, origin
+from clear_datasets.card import EMPTY, IMAGE, Body, as_list, card, in_cache, merged, origin
 from clear_datasets.files import write
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def push_to_hub(
     whole = rows.get("audit", rows["default"])
     left = sum(map(len, rows["default"].values()))
     api = HfApi(token=token, library_name="clear_datasets")
-    source = source or source_of(whole.values())
-    body = card(whole, left, clear, settings or {}, source, _yaml_of(api, source))
+    source = _found(api, source or source_of(whole.values()))
+    body = card(whole, left, clear, settings or {}, source, _yaml_of(api, source), audited="audit" in rows)
     rows["default"] = {name: _plain(part, scores) for name, part in rows["default"].items()}
     repo = _again(lambda: api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)).repo_id
     if revision is not None:
@@ -94,6 +95,21 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         files = [_uploaded(api, repo, revision, *file) for file in _files(rows, max_shard_size, Path(folder))]
     return _again(lambda: _commit(api, repo, revision, files, rows, body))
+
+
+def _found(api: HfApi, source: str) -> str:
+    """The Hub id that a name in the cache of `datasets` stands for, which writes OpenOrca as open_orca."""
+    owner = source.rpartition("/")[0]
+    if not owner or _again(lambda: api.repo_exists(source, repo_type="dataset")):
+        return source
+    same = [d.id for d in _again(lambda: list(api.list_datasets(author=owner))) if in_cache(d.id) == source]
+    if len(same) == 1:
+        return same[0]
+    warnings.warn(
+        f"the Hub shows no dataset {source}: the card has neither its licence nor its languages; source='owner/name' "
+        "(--source) names another one", stacklevel=3,
+    )  # fmt: skip
+    return source
 
 
 def _yaml_of(api: HfApi, source: str) -> dict[str, Any]:

@@ -273,5 +273,8 @@ def auroc(scores: Sequence[float], good: Sequence[bool]) -> float:
 
     values, kinds = np.asarray(scores, dtype=float), np.asarray(good, dtype=bool)
     kinds, values = kinds[~np.isnan(values)], values[~np.isnan(values)]
-    higher = values[kinds][:, None] - values[~kinds][None, :]
-    return float(np.mean((higher > 0) + 0.5 * (higher == 0))) if higher.size else float("nan")
+    right, wrong = values[kinds], np.sort(values[~kinds])
+    if not len(right) or not len(wrong):
+        return float("nan")
+    below = np.searchsorted(wrong, right, "left") + np.searchsorted(wrong, right, "right")  # twice, ties once
+    return float(below.mean() / (2 * len(wrong)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -81,7 +82,7 @@ Preference = Annotated[Judge, typer.Option(help=_JUDGING)]
 def format_of(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
               system: str | None) -> Format | None:  # fmt: skip
     """The format of named columns; those that are not named are inferred, all of them where none is."""
-    from clear_datasets.formats import Columns, infer_rows
+    from clear_datasets.formats import Columns, FormatError, infer_rows
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
     given: dict[str, Any] = {name: column for name, column in named.items() if column}
@@ -91,6 +92,10 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
     if not given:
         return None
     if prompt and response:
+        with suppress(FormatError):
+            form = infer_rows(rows[:1000])
+            if isinstance(form, Columns) and form.prompt == prompt:  # with what belongs to it: input, context, system
+                return replace(form, **given)
         return Columns(**given)
     form = infer_rows(rows[:1000])
     if not isinstance(form, Columns):

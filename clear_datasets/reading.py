@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z")
+_SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
+           "evaluation": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")  # fmt: skip
 _TIME = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?Z?$"  # as the loader writes one
 
 
@@ -31,13 +35,7 @@ def load(src: str, split: str | None, config: str | None, revision: str | None, 
 
     path = Path(src)
     if is_folder_of_files(path):
-        kinds = sorted({f.suffix for f in path.iterdir() if f.suffix in LOADERS})
-        if len(kinds) != 1:
-            raise ValueError(
-                f"{src} is a folder without a saved dataset, and with {' and '.join(kinds) or 'no data'} files: "
-                f"give its files, as in '{src}/*.parquet'"
-            )
-        src = str(Path(escape(src)) / f"*{kinds[0]}")
+        src = str(Path(escape(src)) / f"*{_ending_of_files(path)}")
         path = Path(src)
     local = path.exists() or path.suffix in LOADERS or any(c in src for c in "*?[")
     if local and (config or revision):
@@ -65,6 +63,34 @@ def load(src: str, split: str | None, config: str | None, revision: str | None, 
 def is_folder_of_files(path: Path) -> bool:
     """A folder that `save_to_disk` has not written."""
     return path.is_dir() and not any((path / f"dataset_{name}.json").exists() for name in ("info", "dict"))
+
+
+def _ending_of_files(folder: Path) -> str:
+    """That of the files of a folder: of one kind, of one split, and all that it has."""
+    found = [f for f in folder.iterdir() if not f.name.startswith(".")]
+    files = [f for f in found if f.suffix in LOADERS and f.is_file()]
+    kinds = sorted({f.suffix for f in files})
+    splits = sorted({_split_of(f.name) for f in files} - {""})
+    packed = sorted(f.name for f in found if f.suffix in _PACKED and Path(f.stem).suffix in LOADERS)
+    deeper = sorted(d.name for d in found if d.is_dir() and any(f.suffix in LOADERS for f in d.rglob("*")))
+    what = (
+        f"without a saved dataset, and with {' and '.join(kinds) or 'no data'} files" if len(kinds) != 1
+        else f"with files of the splits {' and '.join(splits)}" if len(splits) > 1
+        else f"with {packed[0]}, which is packed" if packed
+        else f"with more files in {deeper[0]}" if deeper
+        else ""
+    )  # fmt: skip
+    if what:
+        some = f"{splits[0] if len(splits) > 1 else ''}*{(kinds or ['.parquet'])[0]}"
+        raise ValueError(f"{folder} is a folder {what}: give its files, as in '{folder}/{some}'")
+    return kinds[0]
+
+
+def _split_of(name: str) -> str:
+    """The split that `datasets` takes a file for by its name; "" for none."""
+    if sharded := re.match(r"(\w+)-\d{5}-of-\d{5}", name):
+        return sharded[1]
+    return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), "")
 
 
 def _load_files(src: str) -> Dataset:

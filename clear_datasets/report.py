@@ -185,8 +185,9 @@ def _shown(row: Mapping[str, Any], form: Format) -> dict[str, Any]:
         prompt, target = example.prompt[-1]["content"], example.response
     except FormatError:
         prompt, target = json.dumps({k: v for k, v in row.items() if not k.startswith("clear_")}, default=str), ""
+    made = "noise" if "noise_original" in row else ""  # by clear_datasets.noise; a column of one's own may be anything
     more = {name: row.get(column) for name, column in
-            (("candidate", "clear_candidate"), ("error", "clear_error"), ("noise", "noise"))}  # fmt: skip
+            (("candidate", "clear_candidate"), ("error", "clear_error"), ("noise", made))}  # fmt: skip
     texts = {"prompt": prompt, "target": target, **{name: text for name, text in more.items() if text}}
     shown = {name: text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …" for name, text in texts.items()}
     cut = [name for name, text in texts.items() if len(text) > _LONGEST]

@@ -80,13 +80,11 @@ def push(
         print(visible(address))
 
 
-def keep_shard(out: Path, clear: Clear, stages: Stages, rows: int) -> None:
+def keep_shard(out: Path, clear: Clear, stages: Stages, rows: Dataset) -> None:
     """Write beside OUT which part of the rows it is, for `merge`."""
-    from clear_datasets.card import settings_of
-
     number, of = stages.shard
-    record = {"shard": number, "of": of, "rows": rows, "settings": settings_of(clear)}
-    write_text(shard_file(out), json.dumps(record, indent=1, default=str) + "\n")
+    record = {"shard": number, "of": of, "rows": len(rows), "settings": _made_by(clear, rows)}
+    write_text(shard_file(out), _json(record))
 
 
 def merge(
@@ -99,8 +97,9 @@ def merge(
     from datasets import concatenate_datasets
 
     with clear_errors(2):
+        check_no_audit(out)
         for pattern in parts:
-            check_out(out, pattern)
+            check_out(out, pattern, settings_file(out))
     with clear_errors():
         found = {f for p in parts for f in ([p] if Path(p).exists() else glob(p)) if not f.endswith(_SHARD)}
         files = sorted(map(Path, found))
@@ -112,6 +111,7 @@ def merge(
         if len(whole) != rows:
             raise ValueError(f"the parts have {len(whole):,} rows, the source had {rows:,}: score --shard again")
         write(whole, out)
+        write_text(settings_file(out), _json(known[ordered[0]]["settings"]))
         console.print(f"wrote {out}: {len(whole):,} rows of {len(files)} parts")
 
 
@@ -146,21 +146,59 @@ def _shard(file: Path) -> dict[str, Any]:
 
 def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:
     """Write beside OUT what made it: the card of `push` says so."""
-    from clear_datasets.card import last_part, settings_of
+    from clear_datasets.card import last_part
+
+    arguments = [name + is_ + last_part(value) for name, is_, value in map(_split, sys.argv[1:])]
+    command = shlex.join(["clear-datasets", *arguments])
+    write_text(settings_file(out), _json({**_made_by(clear, rows), **more, "command": command}))
+
+
+def _made_by(clear: Clear, rows: Dataset) -> dict[str, Any]:
+    from clear_datasets.card import settings_of
     from clear_datasets.formats import Columns
     from clear_datasets.hub import source_of
 
+    made = settings_of(clear)
     if source := source_of([rows]):
-        more["source"] = source
-    arguments = [name + is_ + last_part(value) for name, is_, value in map(_split, sys.argv[1:])]
+        made["source"] = source
     if isinstance(clear.format, Columns):
-        more["columns"] = {name: column for name, column in asdict(clear.format).items() if column}
-    record = {**settings_of(clear), **more, "command": shlex.join(["clear-datasets", *arguments])}
-    write_text(settings_file(out), json.dumps(record, indent=1, default=str) + "\n")
+        made["columns"] = {name: column for name, column in asdict(clear.format).items() if column}
+    return made
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, default=str) + "\n"
+
+
+def check_scored_by(src: str, clear: Clear) -> None:
+    """Refuse other settings than those that SRC was scored with, where these are known.
+
+    Raises:
+        ValueError: The model or the estimator is another one.
+    """
+    from clear_datasets.card import settings_of
+
+    known, given = kept_settings(Path(src)), settings_of(clear)
+    for name in ("model", "revision", "confidence") if known else ():
+        if known.get(name) != given.get(name):
+            raise ValueError(
+                f"{src} was scored with {name} {known.get(name)}, not {given.get(name)}: give the options of "
+                "clear-datasets score again, or leave --scored out"
+            )
+
+
+def check_no_audit(out: Path) -> None:
+    """Refuse to write scores where `curate` has left decisions.
+
+    Raises:
+        ValueError: Its audit is there: `report` and `push` would take it for what OUT is.
+    """
+    if audit_file(out).exists():
+        raise ValueError(f"{out} is of curate, as {audit_file(out)} is there: give another OUT, or delete both")
 
 
 def kept_settings(out: Path) -> dict[str, Any]:
-    """What `keep_settings` has kept."""
+    """What was kept beside OUT; nothing where nothing was."""
     file = settings_file(out)
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return dict(found)

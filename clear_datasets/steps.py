@@ -24,11 +24,11 @@ from clear_datasets.preference import ByConfidence, Preference
 if TYPE_CHECKING:
     from datasets import Features
 
-SCORES_REVISION = 5  # raised whenever equal settings give other scores than before; see CHANGELOG.md
+SCORES_REVISION = 6  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
-CANDIDATES_REVISION = 4  # the same of candidates
-PREFERENCES_REVISION = 2  # and of preferences
+CANDIDATES_REVISION = 5  # the same of candidates
+PREFERENCES_REVISION = 3  # and of preferences
 _CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
 

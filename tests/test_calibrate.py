@@ -136,3 +136,36 @@ def test_noise_that_the_rows_do_not_allow_is_left_out():
     named = Dataset.from_dict({"q": ROWS["question"], "a": ROWS["answer"]})
     form = Columns("q", "a")
     assert calibrate(Clear(engine=Scripted(answers=KNOWS), format=form), named, noise=["swap"]).gamma > 0
+
+
+def test_an_estimator_that_scores_few_rows_is_not_taken_for_a_good_one():
+    def few(pairs, engine):
+        return np.array([float(a == b) if "thing1" in a else np.nan for a, b in pairs], dtype=np.float32)
+
+    own, some = BSDetector(k=1), BSDetector(k=1, samples="plain", similarity=few, alpha=1.0)
+    found = calibrate(Clear(engine=Scripted(answers=KNOWS), confidence=own), ROWS, noise=["swap"], rows=N, among=[some])
+    assert found.signals["plain, function (2): similarity"][0] > found.signals["direct, Jaccard: similarity"][0]
+    assert found.clear.confidence.similarity == own.similarity
+    assert not np.isnan(found.rows["clear_confidence"][:]).any()
+    assert "of 150 rows have no score of plain, function (2): they tell nothing for it" in "\n".join(found.notes)
+
+
+def test_two_wrong_rows_in_their_place_prove_nothing():
+    answers = tuple((q, a) for q, a in zip(ROWS["question"], ROWS["answer"], strict=True))
+    found = calibrate(Clear(engine=Scripted(answers=answers)), ROWS, noise=["swap"], rows=20, fraction=0.1)
+    value, low, high = found.signals["direct, Jaccard: similarity"]
+    assert (value, high) == (1, 1)
+    assert low == pytest.approx(2 / (2 + 1.96**2))
+    assert "similarity of direct, Jaccard tells nothing here: AUROC 1.000" in "\n".join(found.notes)
+
+
+def test_auroc_counts_ties_half_whatever_the_number_of_rows():
+    draw = np.random.default_rng(0)
+    scores, good = draw.integers(0, 9, 300) / 8, draw.random(300) < 0.3
+    scores[:9] = np.nan
+    right, wrong = scores[good & ~np.isnan(scores)], scores[~good & ~np.isnan(scores)]
+    pairs = [(a > b) + 0.5 * (a == b) for a in right for b in wrong]
+    assert noise.auroc(scores, good) == pytest.approx(np.mean(pairs))
+    many = draw.random(1_000_000)
+    assert noise.auroc(many, many > 0.5) == 1
+    assert np.isnan(noise.auroc([0.1, 0.2], [True, True]))

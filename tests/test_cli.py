@@ -344,3 +344,25 @@ def test_answers_are_kept_unless_that_is_not_wanted(source, tiny, tmp_path, answ
         done = run("score", source, "-o", out, "--model", tiny, "--samples", "2", option)
         assert done.returncode == 0, done.stderr
         assert bool(list(answers.iterdir())) == (option == "--cache")
+
+
+def test_columns_that_belong_to_a_named_prompt_go_along(tiny, tmp_path):
+    rows = [{"instruction": "Add.", "input": f"{i} + {i}", "output": f"{2 * i}"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scores = []
+    for name, named in (("a", ()), ("b", ("--prompt", "instruction", "--response", "output"))):
+        out = tmp_path / name / "scored.jsonl"
+        done = run("score", tmp_path / "rows.jsonl", "-o", out, "--model", tiny, "--samples", "1", *named)
+        assert done.returncode == 0, done.stderr
+        scores.append([r["clear_confidence"] for r in lines(out)])
+    assert scores[0] == scores[1]
+    columns = json.loads((tmp_path / "b" / "scored.jsonl.settings.json").read_text())["columns"]
+    assert columns == {"prompt": "instruction", "input": "input", "response": "output"}
+
+
+def test_chats_are_not_written_into_csv(tiny, tmp_path):
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    done = run("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.csv", "--model", tiny)
+    assert (done.returncode, "column 'messages' would not be read back from CSV" in done.stderr) == (1, True)
+    assert not (tmp_path / "clear_stages").exists()  # nothing was asked

@@ -263,3 +263,40 @@ def test_a_similarity_with_too_many_numbers_is_refused():
         BSDetector(k=2, similarity=Twice())([RHINE], Scripted())
     with pytest.raises(ValueError, match=r"Twice.* gave 2 numbers for 1 pairs"):
         Adaptive(BSDetector(k=2, similarity=Twice()), 0.5, 0.5)([RHINE], Scripted())
+
+
+@dataclass(frozen=True)
+class Unread(Scripted):
+    """As a server: log-probabilities are not given."""
+
+    reads = False
+
+
+def test_a_similarity_without_weight_is_not_asked():
+    def dear(pairs, engine):
+        raise AssertionError("asked")
+
+    settings = BSDetector(alpha=0.0, beta=0.6, k=4, similarity=dear)
+    engine = Unread(answers=(("rise?", "the Alps"),))
+    found = settings([RHINE, example("Where does it rise?", "at sea")], engine)
+    assert found.consistency.tolist() == [1, 0]  # equal samples alone
+    assert found.errors == ["", ""]
+    reasoned = replace(settings, samples="reasoned")([RHINE], Scripted(answers=(("rise?", "So. Answer: the Alps"),)))
+    assert reasoned.consistency.tolist() == [1]
+    bounded = Adaptive(settings, 0.3, 0.3)([RHINE, example("Where does it rise?", "at sea")], engine)
+    assert not np.isnan(bounded.least).any()
+    assert bounded.most[1] < 0.3 < bounded.least[0]
+
+
+@dataclass(frozen=True)
+class HalfOverflowing(Scripted):
+    """The probabilities of the second part of a prompt are no numbers."""
+
+    def logprobs(self, prompts, responses):
+        return [np.full(3, np.nan if i == 2 else -1.0, dtype=np.float32) for i in range(len(prompts))]
+
+
+def test_what_is_no_number_in_any_part_gives_no_score():
+    found = BSDetector()([RHINE], HalfOverflowing())
+    assert math.isnan(found.confidence[0])
+    assert "not numbers: try dtype='float32'" in found.errors[0]

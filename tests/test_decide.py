@@ -232,3 +232,28 @@ def test_images_are_neither_decoded_nor_stored_anew():
     for each in (scored, done, restore(done)):
         assert each.features["image"] == Image()
         assert each.with_format("arrow")[:]["image"].to_pylist() == [raw]
+
+
+def test_a_stream_decides_as_a_dataset_does(tmp_path):
+    rows = Dataset.from_dict({"question": [f"Where is {i}?" for i in range(9)], "answer": ["here"] * 9})
+    scored = rows.map(Clear(engine=Scripted()).score, batched=True)
+    stream = rows.to_iterable_dataset().map(Clear(engine=Scripted()).score, batched=True)
+    assert len(list(stream.filter(above(threshold(stream, 1.0))))) == 9
+    assert len(scored.filter(above(threshold(scored, 1.0)))) == 9
+    value = np.float32(0.6)  # a little more than 0.6
+    assert above(0.6)({"clear_confidence": value}) == above(0.6)({"clear_confidence": float(value)}) == True  # noqa: E712
+    batch = {"clear_confidence": [np.float32(0.1)], "clear_candidate": ["x"], "clear_preference": [value]}
+    assert decide(0.5, 0.6)(batch)["clear_decision"] == ["replace"]
+
+
+def test_a_split_without_rows_stays_one():
+    rows = Dataset.from_dict({"question": [f"Where is {i}?" for i in range(6)], "answer": ["here"] * 6})
+    both = DatasetDict(train=rows, test=rows.select([]))
+    found = both.map(Clear(engine=Scripted()).score, batched=True)
+    gamma = threshold(found)
+    assert gamma == threshold(found["train"])
+    kept = curated(found.map(decide(gamma), batched=True))
+    assert len(kept["train"]) == sum(c > gamma for c in found["train"]["clear_confidence"])
+    assert kept["test"].to_list() == []
+    with pytest.raises(ValueError, match="no column 'clear_confidence'"):
+        threshold(DatasetDict(test=rows.select([])))

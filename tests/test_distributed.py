@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,22 @@ def test_a_real_model_gives_the_scores_of_one_process(tiny, tmp_path):
     for column in ("clear_confidence", "clear_consistency", "clear_reflection"):
         np.testing.assert_allclose(found[column][:], plain[column][:], atol=1e-5)
     assert found["clear_error"][:] == plain["clear_error"][:]
+
+
+def test_files_are_found_from_where_the_caller_is(tiny, tmp_path, monkeypatch):
+    """Ray's workers are where Ray was started."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "checkpoint").symlink_to(tiny)
+    monkeypatch.chdir(tmp_path / "project")
+    rows = ROWS.select(range(4))
+    found = distributed.score(rows, Clear("checkpoint"), replicas=2, batch_size=2, folder="stages")
+    assert found["clear_error"][:] == [""] * 4
+    work = distributed._Work.of(Clear("checkpoint").with_writer("adapter").score, "mark")
+    assert work.local == ("checkpoint",)
+    lost = replace(work, folder=str(tmp_path / "not there"))
+    monkeypatch.chdir(tmp_path)  # as on another machine
+    with pytest.raises(OSError, match=r"checkpoint is on the machine that calls, in .*not there, and not on"):
+        lost.begin()
 
 
 SCRIPT = """

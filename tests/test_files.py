@@ -172,3 +172,36 @@ def test_a_folder_is_replaced_only_where_it_holds_such_rows(tmp_path):
         check_folder(out, None, kept)
     with pytest.raises(ValueError, match="with other things than rows"):
         check_folder(out / "mine.txt", None, kept)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"], r"splits test and train: .*/test\*\.jsonl"),
+        (["my-train.jsonl", "my_dev.jsonl"], "files of the splits train and validation"),
+        (["a.jsonl", "b.jsonl.gz"], r"with b\.jsonl\.gz, which is packed: give its files"),
+        (["a.jsonl", "more/b.jsonl"], "with more files in more: give its files"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_which_some_would_be_mixed_or_left_out_is_refused(names, message, tmp_path):
+    for name in names:
+        (tmp_path / "rows" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rows" / name).write_text(LINES[0] + "\n")
+    with pytest.raises(ValueError, match=message):
+        rows(tmp_path / "rows")
+
+
+def test_a_folder_of_one_split_is_read_whole(tmp_path):
+    for name in ("train-1.jsonl", "train-2.jsonl", "contest.jsonl", ".hidden.jsonl.gz"):
+        (tmp_path / name).write_text(LINES[0] + "\n")
+    (tmp_path / "figures").mkdir()
+    assert len(rows(tmp_path)) == 3
+
+
+def test_lists_are_not_written_into_csv(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(LINES))
+    with pytest.raises(
+        ValueError, match=r"column 'tags' would not be read back from CSV: end OUT, .*a\.csv, in \.jsonl"
+    ):
+        write(rows(tmp_path / "a.jsonl"), tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()

@@ -256,6 +256,35 @@ def test_a_source_without_a_card_that_can_be_read_does_not_stop_a_push(hub, clie
     assert "license" not in hub.text("me/x", "README.md") + hub.text("me/y", "README.md")
 
 
+def test_a_source_is_found_by_its_name_in_the_cache(hub, client):
+    text = "---\nlicense: mit\n---\n"
+    for name in ("org/OpenOrca", "org/other"):
+        repo = hub.repos[name] = Repo()
+        repo.commit("main", {"README.md": File(len(text), "0", text.encode())}, "by them")
+    client(push, decided(), source="org/open_orca")
+    data = yaml.safe_load(hub.text("me/x", "README.md").split("---\n")[1])
+    assert (data["license"], data["source_datasets"]) == ("mit", ["org/OpenOrca"])
+
+
+def push_alone(rows: Any) -> str:
+    from clear_datasets.hub import push_to_hub
+
+    return push_to_hub(curated(rows), "me/x")
+
+
+def test_without_an_audit_the_card_says_nothing_of_one(hub, client):
+    client(push_alone, decided())
+    card = hub.text("me/x", "README.md")
+    for piece in ("| kept | 6 |", "| replaced | 1 |", "Target before\n<pre>at 2</pre>\nTarget now\n<pre>here</pre>"):
+        assert piece in card
+    for piece in ("dropped |", "config `audit`"):
+        assert piece not in card
+    client(push, decided())
+    card = hub.text("me/x", "README.md")
+    for piece in ("| dropped | 5 |", "config `audit`", "Target before\n<pre>at 2</pre>\nTarget now\n<pre>here</pre>"):
+        assert piece in card
+
+
 def test_three_examples_of_each_decision_are_on_the_card_and_long_ones_are_short(hub, client):
     n = 24
     rows = Dataset.from_dict({

@@ -287,3 +287,9 @@ def test_a_figure_for_notebooks(tmp_path):
     assert all(f'"{decision}"' in shown for decision in ("keep", "drop", "replace"))
     with pytest.raises(ValueError, match="no column 'clear_confidence'"):
         plot(rows.remove_columns("clear_confidence"))
+
+
+def test_a_noise_column_of_ones_own_is_a_column_like_others(opened):
+    rows = judged(40).remove_columns(["noise_original", "noise"]).add_column("noise", list(range(40)))
+    page = opened(rows, gamma=0.5)
+    assert page.locator("#above li").count()

@@ -57,6 +57,12 @@ def test_curate_takes_the_scores_that_are_there(parts, tiny):  # noqa: F811
     command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
     out = parts / "curated.jsonl"
     code, said = command("curate", parts / "joined.parquet", "-o", out, "-m", tiny, "--scored")
+    assert code == 1
+    assert "was scored with confidence BSDetector(" in said
+    assert "give the options of clear-datasets score again" in said
+    code, said = command("curate", parts / "whole.parquet", "-o", out, "-m", "other", "-k", "1", "--scored")
+    assert (code, "was scored with model" in said) == (1, True), said
+    code, said = command("curate", parts / "joined.parquet", "-o", out, "-m", tiny, "-k", "1", "--scored")
     assert code == 0, said
     whole = Dataset.from_parquet(str(parts / "whole.parquet"))
     gamma = threshold(whole)
@@ -64,6 +70,18 @@ def test_curate_takes_the_scores_that_are_there(parts, tiny):  # noqa: F811
     assert [json.loads(line) for line in out.read_text().splitlines()] == kept
     code, said = command("curate", parts / "train.jsonl", "-o", out, "-m", tiny, "--scored")
     assert (code, "has no scores: leave --scored out" in said) == (1, True)
+
+
+def test_scores_are_not_written_where_decisions_are(parts, tiny):  # noqa: F811
+    out = parts / "whole.parquet"
+    code, said = command("curate", out, "-o", parts / "curated.parquet", "-m", tiny, "-k", "1", "--scored")
+    assert code == 0, said
+    before = (parts / "curated.parquet").read_bytes()
+    again = ["merge", parts / "part-*.parquet"], ["score", parts / "train.jsonl", "-m", tiny, "-k", "1"]
+    for arguments in again:
+        code, said = command(*arguments, "-o", parts / "curated.parquet")
+        assert (code, "is of curate, as" in said) == (2, True), said
+    assert (parts / "curated.parquet").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from clear_datasets.engines import KINDS, Answers, Asks, Engine, Kind, PromptError, Queued
 from clear_datasets.engines.store import Store
 
-ASKING_REVISION = 2  # raised whenever an engine makes other tokens of equal messages
+ASKING_REVISION = 3  # raised whenever an engine makes other tokens of equal messages
 _WINDOW, _SECONDS = 256, 2.0  # answers, or seconds, after which what is known is written
 _CUT = {None: b"?", False: b".", True: b"/"}  # first byte of a sample: whether it is cut off
 _FLAGS = {byte: flag for flag, byte in _CUT.items()}
@@ -277,7 +277,9 @@ class _Keeping:
 
 def _items(asks: Asks, identity: str) -> Iterator[_Item]:
     for i, (prompt, limit) in enumerate(zip(asks.generate, asks.limits, strict=True)):
-        yield _Item("generate", i, _key("generate", identity, list(prompt), asks.temperature, limit), asks.distinct)
+        yield _Item(
+            "generate", i, _key("generate", identity, list(prompt), float(asks.temperature), limit), asks.distinct
+        )
     for i, prompt in enumerate(asks.choose):
         yield _Item("choose", i, _key("choose", identity, list(prompt), list(asks.labels)))
     for i, (prompt, response) in enumerate(asks.read):

@@ -25,7 +25,7 @@ class Chats:
         tokenizer: Of `transformers`.
         limit: Tokens of prompt and answer together.
         ends: Tokens that end an answer.
-        end: The one of them that ends an answer in the chat template.
+        end: The one of them that ends an answer in the chat template, or the tokenizer's eos.
         marks: Tokens that no text of the data may become, by id: special ones, and those of the chat template.
     """
 
@@ -40,7 +40,12 @@ class Chats:
         """The chats of a tokenizer, and of the ``eos_token_id`` that the model's generation config states."""
         every = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
         ends = frozenset(int(e) for e in every if e is not None)
-        return cls(tokenizer, limit, ends, _end_of_turn(tokenizer, ends), _marks(tokenizer))
+        after, marks = _after_an_answer(tokenizer), _marks(tokenizer)
+        end = next((token for token in after if token in ends), None)
+        if end is None:  # a base model, say, whose eos ends documents: its samples may end by either
+            ends |= {*after[:1]} & marks.keys()
+            end = int(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else max(ends)
+        return cls(tokenizer, limit, ends, end, marks)
 
     def response(self, text: str) -> list[int]:
         """Token ids of an answer and its end."""
@@ -122,13 +127,12 @@ def _marks(tokenizer: Any) -> dict[int, str]:
     return {i: text for i, text in marks.items() if len(text.strip()) > 1}  # a line break is no mark
 
 
-def _end_of_turn(tokenizer: Any, ends: frozenset[int]) -> int:
-    """The token by which the chat template ends an answer: not every tokenizer's eos token is."""
-    if tokenizer.chat_template:
-        said = "Seven"
-        chat = [{"role": "user", "content": "Say a number."}, {"role": "assistant", "content": said}]
-        _, found, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(said)
-        for token in tokenizer.encode(after, add_special_tokens=False) if found else ():
-            if token in ends:
-                return int(token)
-    return int(tokenizer.eos_token_id if tokenizer.eos_token_id is not None else max(ends))
+def _after_an_answer(tokenizer: Any) -> list[int]:
+    """What the chat template puts behind an answer; nothing where there is none."""
+    if not tokenizer.chat_template:
+        return []
+    said = "Seven"
+    chat = [{"role": "user", "content": "Say a number."}, {"role": "assistant", "content": said}]
+    _, found, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(said)
+    ids: list[int] = tokenizer.encode(after, add_special_tokens=False) if found else []
+    return ids

@@ -18,6 +18,9 @@ _APPLICATION = 0x436C7244  # "ClrD", by which a file is known to be ours
 _TABLE = """CREATE TABLE IF NOT EXISTS answers (
     key BLOB NOT NULL, number INTEGER NOT NULL, value BLOB NOT NULL, used INTEGER NOT NULL, PRIMARY KEY (key, number)
 ) WITHOUT ROWID"""
+_MOUNTS = Path("/proc/mounts")
+_SHARED = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "smb3", "ceph", "fuse.ceph", "afs", "panfs", "wekafs",
+           "glusterfs", "fuse.glusterfs", "fuse.sshfs", "orangefs"}  # fmt: skip
 _PATIENCE = 60.0  # seconds to wait for another process that writes
 
 T = TypeVar("T")
@@ -26,7 +29,8 @@ T = TypeVar("T")
 class Database:
     """A file with the table ``answers``. Trouble with it ends no run: it is said once, and the run goes on.
 
-    A process that is killed leaves a sound file (a write-ahead log, which the next one reads). A file that is corrupt,
+    A process that is killed leaves a sound file (a write-ahead log, which the next one reads; a journal that is rolled
+    back on file systems of several machines, which have no memory in common). A file that is corrupt,
     of another program or of a newer version is set aside under another name, never deleted.
 
     Args:
@@ -98,7 +102,7 @@ class Database:
                 wrong = _what_is_wrong(connection)
                 if not wrong:
                     if not self.read_only:
-                        _prepare(connection)
+                        _prepare(connection, "DELETE" if _is_shared(self.path.parent) else "WAL")
                     return connection
             except sqlite3.OperationalError:
                 connection.close()
@@ -173,14 +177,14 @@ def _what_is_wrong(connection: sqlite3.Connection) -> str:
     return ""
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
+def _prepare(connection: sqlite3.Connection, journal: str) -> None:
     """Make the table of a new file, and what has to be set in each connection."""
     new = not connection.execute("PRAGMA application_id").fetchone()[0]
     if new:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     try:  # several processes may begin at once, and this one does not wait by itself
-        _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
-    except sqlite3.OperationalError:  # some network file systems have no memory to share
+        _patiently(lambda: connection.execute(f"PRAGMA journal_mode = {journal}").fetchall())
+    except sqlite3.OperationalError:  # other file systems may have no memory to share, either
         connection.execute("PRAGMA journal_mode = DELETE")
     connection.execute("PRAGMA synchronous = NORMAL")  # sound whenever a process is killed
     if not new:
@@ -189,6 +193,15 @@ def _prepare(connection: sqlite3.Connection) -> None:
         connection.execute(_TABLE)
         connection.execute(f"PRAGMA application_id = {_APPLICATION}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether other machines may see a folder, too, as far as Linux says so."""
+    with suppress(OSError):
+        mounts = [line.split()[1:3] for line in _MOUNTS.read_text().splitlines()]
+        around = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
+        return max(around, default=(0, ""))[1] in _SHARED
+    return False
 
 
 def _patiently(call: Callable[[], object]) -> None:

@@ -87,8 +87,10 @@ class Draw:
     """One sample: the random numbers that decide it, one a token, and the tokens so far."""
 
     position: int
+    number: int  # among the samples of its prompt
     uniform: npt.NDArray[np.float32]
     tokens: list[int] = field(default_factory=list)
+    broken: bool = False  # a logit was no number
 
 
 class Writing:
@@ -123,26 +125,31 @@ class Writing:
     def draw(self) -> None:
         """Draw the next token of each sample from the logits that are there; samples that have ended leave."""
         assert self.logits is not None
-        ends, tokens = self.state.checkpoint.chats.ends, self._pick(self.logits).tolist()
+        ends = self.state.checkpoint.chats.ends
+        tokens, sound = (found.tolist() for found in self._pick(self.logits))
         drawn = list(zip(self.draws, tokens, strict=True))
-        going = [i for i, (d, t) in enumerate(drawn) if t not in ends and len(d.tokens) + 1 < len(d.uniform)]
+        going = [i for i, (d, t) in enumerate(drawn)
+                 if sound[i] and t not in ends and len(d.tokens) + 1 < len(d.uniform)]  # fmt: skip
         # Before any token is noted: it may end in an out-of-memory error, and be done again.
         state = self.state.select(going) if len(going) < len(drawn) else self.state
-        for draw, token in drawn:
+        for (draw, token), whole in zip(drawn, sound, strict=True):
+            draw.broken = not whole
             if token not in ends:
                 draw.tokens.append(token)
         self.state, self.draws = state, [self.draws[i] for i in going]
         self.logits, self.pending = None, [tokens[i] for i in going]
 
-    def _pick(self, logits: torch.Tensor) -> torch.Tensor:
-        """The token at which the cumulative distribution passes the sample's next random number."""
+    def _pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token at which the cumulative distribution passes the sample's next random number; whether it is one."""
         import torch
 
         if not self.temperature:
-            return logits.argmax(-1)
+            greatest, tokens = logits.max(-1)
+            return tokens, greatest.isfinite()
         uniform = torch.tensor([[d.uniform[len(d.tokens)]] for d in self.draws], device=logits.device)
         cumulative = torch.softmax(logits / self.temperature, dim=-1).cumsum(-1)
-        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).squeeze(-1)
+        return found.clamp(max=logits.shape[-1] - 1), cumulative[:, -1].isfinite()
 
     @staticmethod
     def join(parts: list[Writing]) -> Writing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from clear_datasets.engines import Asks, Kind
@@ -92,11 +92,21 @@ def _holds(request: Request) -> int:
     return request.draws * (len(request.ids) + request.room)
 
 
+def _parts(request: Request, most: int) -> Iterator[Request]:
+    """A request in parts that hold at most so many tokens, or draw one sample each; numbers tell the samples."""
+    draws = max(1, most // (len(request.ids) + request.room))
+    if request.draws <= draws:  # none, of what is read
+        yield request
+        return
+    for done in range(0, request.draws, draws):
+        yield replace(request, first=request.first + done, draws=min(draws, request.draws - done))
+
+
 def _pieces(run: Run, most: int) -> Iterator[Run]:
     """A run in parts that hold at most so many tokens: all prompts may share the beginning of the chat template."""
     part: list[Request] = []
     held = 0
-    for request in run.requests:
+    for request in (part for whole in run.requests for part in _parts(whole, most)):
         if part and held + _holds(request) > most:
             yield Run(run.shared, part)
             part, held = [], 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from clear_datasets.engines import Answers, Asks, EngineError, Queued
+from clear_datasets.engines import Answers, Asks, EngineError, PromptError, Queued
 from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, commit_of, load, short_of_memory, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
 from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768  # tokens in one forward pass
 _READ = 512  # tokens of a response whose logits are held at a time
+_NO_NUMBERS = "the model's logits are not numbers: try dtype='float32'"  # float16 ends at 65,504
 _REST, _JOINED = 4, 64  # samples wait until so many can be drawn together; the last quarter of them waits again
 
 
@@ -92,13 +93,16 @@ class Transformers(Queued):
         masses = known.empty(len(asks.choose))
         read = [np.empty(0, np.float32) for _ in asks.read]
         stems = [len(known.stems)] * len(asks.choose)  # to be read
-        samples = _Samples(asks, checkpoint)
+        samples, broken = _Samples(asks, checkpoint), set[int]()
+        behind = len(asks.generate) + len(asks.choose)
         waiting: list[Writing] = []
         budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
         for window in windows(group(requests, checkpoint.shares_prefix), budget):
             for request, result in self._window(window, checkpoint, asks, known.tokens, budget):
                 position = request.position
-                if request.kind == "choose":
+                if _is_broken(result):
+                    broken.add(position + (behind if request.kind == "read" else len(asks.generate)))
+                elif request.kind == "choose":
                     known.add(masses, position, request.stem, result)
                     stems[position] -= 1
                     if not stems[position]:
@@ -116,6 +120,8 @@ class Transformers(Queued):
                 waiting = _together(waiting, last=False)
             samples.tell(waiting)
         samples.tell(_together(waiting, last=True))
+        if broken := broken | samples.broken:
+            raise PromptError(dict.fromkeys(sorted(broken), _NO_NUMBERS))
         return Answers(samples.texts, known.probabilities(masses), read, samples.cut)
 
     def _window(
@@ -153,8 +159,8 @@ class Transformers(Queued):
                 continue
             logits = state.forward([tokens for _, _, tokens in chunk], keep=max(q.tail for q in requests) + 1)
             if requests[0].kind == "generate":
-                drawn = [(i, q, s) for i, q in enumerate(requests) for s in range(q.draws)]
-                draws = [Draw(q.position, uniform(q.ids, q.first + s, self.seed, q.room)) for _, q, s in drawn]
+                drawn = [(i, q, q.first + s) for i, q in enumerate(requests) for s in range(q.draws)]
+                draws = [Draw(q.position, s, uniform(q.ids, s, self.seed, q.room)) for _, q, s in drawn]
                 rows = [i for i, _, _ in drawn]
                 yield requests[0], Writing(state.select(rows), draws, asks.temperature, logits[rows, -1])
             elif requests[0].kind == "choose":
@@ -171,28 +177,40 @@ class _Samples:
     Attributes:
         texts: [prompts][samples], in their order.
         cut: Whether they are cut off at their limit, likewise.
+        broken: Positions of the prompts whose samples the model has no numbers for; they are not told.
     """
 
     def __init__(self, asks: Asks, checkpoint: Checkpoint) -> None:
         self.asks, self.tokenizer = asks, checkpoint.chats.tokenizer
         self.open: dict[int, list[Draw]] = {}
+        self.draws = asks.draws
+        self.broken: set[int] = set()
         self.texts: list[list[str]] = [[] for _ in asks.generate]
         self.cut: list[list[bool]] = [[] for _ in asks.generate]
 
     def add(self, draws: list[Draw]) -> None:
-        """Note the samples of some prompts that are being drawn, all of each at once."""
+        """Note samples that are being drawn."""
         for draw in draws:
             self.open.setdefault(draw.position, []).append(draw)
 
     def tell(self, waiting: list[Writing]) -> None:
-        """Take the texts of prompts none of whose samples is among those that wait."""
+        """Take the texts of prompts whose samples are all drawn, and none among those that wait."""
         unfinished = {draw.position for writing in waiting for draw in writing.draws}
-        for position in [p for p in self.open if p not in unfinished]:
-            draws = self.open.pop(position)
+        for position in [p for p, d in self.open.items() if p not in unfinished and len(d) == self.draws[p]]:
+            draws = sorted(self.open.pop(position), key=lambda draw: draw.number)
+            if any(draw.broken for draw in draws):
+                self.broken.add(position)
+                continue
             texts = [self.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip() for draw in draws]
             cut = [len(draw.tokens) == len(draw.uniform) for draw in draws]
             self.texts[position], self.cut[position] = texts * self.asks.times, cut * self.asks.times
             self.asks.tell("generate", position, (self.texts[position], self.cut[position]))
+
+
+def _is_broken(result: Any) -> bool:
+    """Whether what was found for a request holds what is no number; of samples it is known later."""
+    values = list(result.values()) if isinstance(result, dict) else [] if isinstance(result, Writing) else result
+    return bool(np.isnan(values).any())
 
 
 def _logprobs(logits: torch.Tensor, said: list[int]) -> npt.NDArray[np.float32]:

@@ -43,6 +43,8 @@ class Loaded:
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "generation_config": "vllm",
             "enable_prefix_caching": True,
+            # By vLLM's own a second process would repeat the samples of the first.
+            "seed": int.from_bytes(os.urandom(4)) >> 1,
             **(_cpu_options(config) if vllm.platforms.current_platform.is_cpu() else {}),
             **({"enable_lora": True, "max_lora_rank": _rank(config.adapter)} if config.adapter else {}),
             **dict(config.options),

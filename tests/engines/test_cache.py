@@ -27,6 +27,7 @@ from clear_datasets.engines.checkpoint import commit_of
 from clear_datasets.engines.store import NAME, Store
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
+from clear_datasets.stages import Stages
 from tests.conftest import Scripted, make_tiny
 from tests.test_cli import run
 
@@ -185,9 +186,11 @@ def test_a_folder_of_ones_own(asked, tmp_path, answers):
     assert not asked
 
 
-def test_where_answers_are_kept_is_no_setting_of_the_scores():
+def test_where_answers_are_kept_is_no_setting_of_the_scores(tmp_path):
     assert Clear("m", cache="here") == Clear("m")
-    assert Hasher.hash(Clear("m").score) == Hasher.hash(Clear("m", cache=None).score)
+    rows = Dataset.from_dict(ROWS)
+    found = [Stages(tmp_path, 4).planned(rows, Clear("m", cache=c).score, "score", 4)[0] for c in (None, "here", False)]
+    assert len(set(found)) == 1  # nor of the batches that the command line keeps
     clear = Clear(engine=Counting())
     before = Hasher.hash(clear.score)
     clear.score(ROWS)
@@ -255,6 +258,28 @@ def test_a_similarity_by_an_encoder_is_computed_once(tiny, monkeypatch):
     assert len(seen) == 2
     assert Embedding(tiny)(pairs, Counting()).tolist() == [0.25] * 3
     assert len(seen) == 4
+
+
+def test_one_temperature_written_in_two_ways_is_asked_once(asked):
+    Clear(engine=Counting(), confidence=BSDetector(temperature=1)).score(ROWS)
+    asked.clear()
+    Clear(engine=Counting(), confidence=BSDetector(temperature=1.0)).score(ROWS)
+    assert not asked
+
+
+@pytest.mark.parametrize(("kind", "journal"), [("nfs4", "delete"), ("lustre", "delete"), ("ext4", "wal")])
+def test_file_systems_of_several_machines_have_no_log_in_shared_memory(asked, tmp_path, monkeypatch, kind, journal):
+    folder = tmp_path / "share" / "answers"
+    mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path / 'share'} {kind} rw 0 0\n"
+    (tmp_path / "mounts").write_text(mounts)
+    monkeypatch.setattr("clear_datasets.engines.database._MOUNTS", tmp_path / "mounts")
+    first = Clear(engine=Counting(), cache=str(folder)).score(ROWS)
+    close_stores()
+    with sqlite3.connect(folder / NAME) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == (journal,)
+    asked.clear()
+    same(first, Clear(engine=Counting(), cache=str(folder)).score(ROWS))
+    assert not asked
 
 
 def damage(kind: str, file: Any) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from clear_datasets import BSDetector, Clear
 from clear_datasets.engines import Asks, EngineError, PromptError
+from clear_datasets.engines.chats import Chats
 from clear_datasets.engines.checkpoint import load
 from clear_datasets.engines.decoding import State
 from clear_datasets.engines.labels import Labels
@@ -309,6 +311,67 @@ def test_a_turn_ends_where_the_chat_template_ends_it(tmp_path: Path, user):
         wanted = model(**ids).logits[0, -1].log_softmax(-1)[0]
     [found] = Transformers(folder, dtype="float32").logprobs([user("Who?")], ["No"])
     assert found[-1] == pytest.approx(float(wanted), abs=1e-4)
+
+
+def test_samples_of_a_model_whose_eos_ends_documents_end_with_their_turn(tmp_path: Path, user):
+    """As of base models that come with a chat template."""
+    template = TEMPLATE.replace("<|end|>", "<|system|>")
+    folder = make_tiny(tmp_path, template=template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mark, eos = tokenizer.convert_tokens_to_ids(["<|system|>", "<|end|>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data[mark] *= 5
+    model.save_pretrained(folder)
+    said = Transformers(str(folder), dtype="float32").generate(
+        [user(t) for t in TEXTS], n=20, temperature=1.0, max_tokens=40
+    )
+    chats = Chats.of(tokenizer, 100, eos)
+    assert (chats.ends, chats.end) == ({mark, eos}, eos)
+    limit = [len(tokenizer.encode(text)) for texts in said for text in texts]
+    assert sum(size < 30 for size in limit) > len(limit) / 2
+
+
+def test_a_row_for_which_the_model_has_no_numbers_is_named_and_the_others_are_answered(tmp_path: Path, user):
+    folder = make_tiny(tmp_path, ends=5, initializer_range=0.05)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model.model.embed_tokens.weight.data[tokenizer.convert_tokens_to_ids("Z")] = float("nan")
+    model.save_pretrained(folder)
+    engine = Transformers(str(folder), dtype="float32")
+    good, bad = [user("Who?"), user("Where is it?")], user("ZZ?")
+    for ask, where in (
+        (lambda rows: engine.generate(rows, n=3, temperature=1.0, max_tokens=8), 1),
+        (lambda rows: engine.generate(rows, max_tokens=8), 1),
+        (lambda rows: engine.choose(rows, ["Yes", "No"]), 1),
+        (lambda rows: engine.logprobs(rows, ["here"] * len(rows)), 1),
+    ):
+        with pytest.raises(PromptError) as found:
+            ask([good[0], bad, good[1]])
+        assert found.value.reasons == {where: "the model's logits are not numbers: try dtype='float32'"}
+        ask(good)
+    rows = {"question": ["Who?", "ZZ?", "Where is it?"], "answer": ["me", "me", "there"]}
+    # A sample of more tokens may say "Z" itself.
+    for estimator in (BSDetector(max_tokens=1), BSDetector(samples="plain", alpha=1.0, beta=1.0, max_tokens=1)):
+        scored = Clear(engine=engine, confidence=estimator).score(rows)
+        assert ["not numbers" in e for e in scored["clear_error"]] == [False, True, False]
+        assert [bool(np.isnan(c)) for c in scored["clear_confidence"]] == [False, True, False]
+
+
+def test_many_samples_of_one_prompt_are_drawn_in_parts_that_fit(tiny, user):
+    from clear_datasets.engines.decoding import State
+
+    engine = Transformers(tiny, dtype="float32", batch_tokens=50)
+    whole = Transformers(tiny, dtype="float32").generate([user("Who?")], n=200, temperature=1.0, max_tokens=8)
+    sizes: list[int] = []
+    forward = State.forward
+
+    def counting(self, rows, keep=1):
+        sizes.append(len(rows))
+        return forward(self, rows, keep)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(State, "forward", counting)
+        assert engine.generate([user("Who?")], n=200, temperature=1.0, max_tokens=8) == whole
+    assert 1 < max(sizes) < 100
 
 
 def test_sliding_window_models_are_not_given_padding_inside_a_prompt(tmp_path: Path, user):

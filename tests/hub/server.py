@@ -116,6 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("POST", r"/api/repos/create", "create"),
+        ("GET", r"/api/datasets", "listing"),
         ("GET", r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
         ("POST", r"/api/datasets/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
         ("POST", r"/api/datasets/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
@@ -222,6 +223,10 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.server.repos[name] = Repo(private)
         repo.commit("main", {".gitattributes": _small(b"*.parquet filter=lfs\n")}, "initial commit")
         self._send({"url": f"{self.server.url}/datasets/{name}", "name": name, "id": name})
+
+    def listing(self) -> None:
+        [author] = self.query["author"]
+        self._send([{"_id": name, "id": name} for name in self.server.repos if name.startswith(f"{author}/")])
 
     def info(self, name: str, revision: str | None) -> None:
         if (found := self._at(name, revision or "main")) is None:
