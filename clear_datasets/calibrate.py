@@ -25,6 +25,7 @@ Scores = npt.NDArray[np.float64]
 
 NOISES = ("swap", "truncate", "wrong_sentence", "wrong_number")  # by default
 _FOLDS, _DRAWS = 5, 1000
+_FEW = 10  # rows of a kind, of which an interval by rows drawn anew is too narrow
 _GRID = tuple(round(0.1 * i, 1) for i in range(11))
 _NAMES = {"s": "similarity", "r": "agreement", "f": "reflection"}
 
@@ -218,7 +219,11 @@ class _Tried:
                 f"{_NAMES[part]} of {self.name} tells nothing here: AUROC {value:.3f} ({low:.3f} to {high:.3f})"
             )
         if self.useless == set(self.parts):
-            notes.append("no signal tells anything here: do not use the scores of this model on these rows")
+            few = int(min(self.good.sum(), (~self.good).sum()))
+            what = (
+                "do not use the scores of this model on these rows" if few >= _FEW else f"{few} rows of a kind are few"
+            )
+            notes.append(f"no signal tells anything here: {what}")
             return alpha, beta
         if {"s", "r"} <= self.useless:
             return alpha, 0.0
@@ -248,13 +253,15 @@ class _Tried:
 
 
 def interval(scores: npt.ArrayLike, good: npt.NDArray[np.bool_], seed: int = 0) -> Interval:
-    """AUROC with its 95% bootstrap interval; of 0 and 1, which would be certain, Wilson's by the rarer kind."""
+    """AUROC with its 95% bootstrap interval, which Wilson's bounds widen where rows drawn anew would hardly vary."""
     values = np.asarray(scores, dtype=float)
     found = bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
-    if found[0] not in (0.0, 1.0):
-        return found
     known = good[~np.isnan(values)]
-    return share(np.full(min(known.sum(), (~known).sum()), bool(found[0])))
+    few = int(min(known.sum(), (~known).sum()))
+    if few and (few < _FEW or found[0] in (0.0, 1.0)):
+        (_, low, _), (_, _, high) = share(np.ones(few, dtype=bool)), share(np.zeros(few, dtype=bool))
+        return found[0], min(found[1], low), max(found[2], high)
+    return found
 
 
 def _auroc_of_all(scores: Scores, good: npt.NDArray[np.bool_]) -> float:

@@ -89,9 +89,9 @@ def score(
         scored = stages.score(rows, clear)
         if shard:
             results.keep_shard(out, clear, stages, rows)
-        else:
-            results.keep_settings(out, clear, rows)
         write(scored, out)
+        if not shard:
+            results.keep_settings(out, clear, rows)
         summary(scored, out, clear, None)
 
 

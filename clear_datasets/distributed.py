@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from clear_datasets.engines import EngineError
 from clear_datasets.engines.cache import COUNTS
 from clear_datasets.files import check_folder, write_folder
-from clear_datasets.formats import FormatError
 from clear_datasets.reading import load
-from clear_datasets.stages import Span, Stages, Step, added_by, batch_size_on
+from clear_datasets.replicas import Replica, Work, block, raised
+from clear_datasets.stages import Span, Stages, Step, batch_size_on
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
     from clear_datasets import Clear
 
 Replicas = int | Literal["auto"]
-# As a caller of `Clear.score` has them; the first that an error is one of is its name.
-_ERRORS = (EngineError, FormatError, ValueError, TypeError, ImportError, OSError)
 _DEATHS = 2  # workers that a batch may cost in a row
 _EACH = 4  # batches a replica at least: the last ones end about together
 
@@ -151,7 +146,7 @@ class RayStages(Stages):
 
     def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
         """See `Stages.answered`: as replicas are done with them, once more where an engine failed."""
-        left, work = set(batches), _Work.of(step, mark)
+        left, work = set(batches), Work.of(step, mark)
         while left:
             assert self.replicas != "auto"  # `run` has filled it in
             before, in_a_row = len(left), 0
@@ -170,118 +165,25 @@ class RayStages(Stages):
 
 
 def _asked(
-    rows: Dataset, batches: list[Span], work: _Work, replicas: int, gpus: float | None
+    rows: Dataset, batches: list[Span], work: Work, replicas: int, gpus: float | None
 ) -> Iterator[tuple[Span, Dataset | Exception]]:
     """Each batch as soon as it is done, or what went wrong with it; those on which workers died are missing."""
     import ray.data
     from datasets import Dataset
 
     with _quiet():
-        blocks = ray.data.from_arrow_refs([ray.put(_block(rows, *batch)) for batch in batches])
+        blocks = ray.data.from_arrow_refs([ray.put(block(rows, *batch)) for batch in batches])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, which has no other name yet
             done = blocks.map_batches(
-                _Replica, fn_constructor_args=(work,), batch_size=None, batch_format="pyarrow", num_cpus=1,
+                Replica, fn_constructor_args=(work,), batch_size=None, batch_format="pyarrow", num_cpus=1,
                 num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=replicas), max_task_retries=_DEATHS,
             )  # fmt: skip
-        for block in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for found in block.to_pylist():
+        for table in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for found in table.to_pylist():
                 COUNTS.asked, COUNTS.known = COUNTS.asked + found["asked"], COUNTS.known + found["known"]
                 span, kind = (found["start"], found["end"]), found["error"]
-                yield span, _raised(kind, found["text"]) if kind else Dataset.from_buffer(found["rows"])
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a replica does.
-
-    Attributes:
-        step: Of `Clear`.
-        mark: See `added_by`.
-        folder: Where the caller is.
-        local: Files and folders of the caller that the step names.
-    """
-
-    step: Step
-    mark: str
-    folder: str
-    local: tuple[str, ...]
-
-    @classmethod
-    def of(cls, step: Step, mark: str) -> _Work:
-        clear: Any = getattr(step, "__self__", None)
-        names = [getattr(part, name, None) for part in (clear, getattr(clear, "engine", None))
-                 for name in ("model", "writer", "adapter")]  # fmt: skip
-        return cls(step, mark, os.getcwd(), tuple(n for n in names if isinstance(n, str) and n and os.path.exists(n)))
-
-    def begin(self) -> None:
-        """Go where the caller is if that is how files are found: Ray's workers are where Ray was started."""
-        if not all(map(os.path.exists, self.local)) and os.path.isdir(self.folder):
-            os.chdir(self.folder)
-        if missing := [name for name in self.local if not os.path.exists(name)]:  # a Hub id may be of the same name
-            raise OSError(
-                f"{missing[0]} is on the machine that calls, in {self.folder}, and not on {socket.gethostname()}: put "
-                "it where all machines see it, or name one of the Hub"
-            )
-
-
-class _Replica:
-    """An actor's class; its engine is in the table of the actor's process."""
-
-    def __init__(self, work: _Work) -> None:
-        from datasets import disable_progress_bars
-
-        disable_progress_bars()
-        self.work, self.failed = work, 0
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        import pyarrow as pa
-        from datasets import Dataset
-
-        (found,) = block.to_pylist()
-        asked, known = COUNTS.asked, COUNTS.known
-        rows, error = b"", ("", "")
-        try:
-            self.work.begin()
-            added = added_by(Dataset.from_buffer(found["rows"]), self.work.step, self.work.mark)
-            rows, self.failed = _bytes(added, 0, len(added)), 0
-        except Exception as problem:  # raised by the caller, which knows how others fare
-            error, self.failed = _named(problem), self.failed + 1
-            time.sleep(min(2**self.failed, 60) / 2)  # a broken machine shall not eat up what others could do
-        found |= {"rows": rows, "error": error[0], "text": error[1]}
-        found |= {"asked": COUNTS.asked - asked, "known": COUNTS.known - known}
-        return pa.Table.from_pylist([found])
-
-
-def _block(rows: Dataset, start: int, end: int) -> pa.Table:
-    """A batch as one row: no type that a dataset may have is left to Ray."""
-    import pyarrow as pa
-
-    return pa.table({"start": [start], "end": [end], "rows": [_bytes(rows, start, end)]})
-
-
-def _bytes(rows: Dataset, start: int, end: int) -> bytes:
-    import pyarrow as pa
-
-    table = rows.with_format("arrow")[start:end].replace_schema_metadata(rows.features.arrow_schema.metadata)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    written: bytes = sink.getvalue().to_pybytes()
-    return written
-
-
-def _raised(kind: str, text: str) -> Exception:
-    """An error of a worker, by its name and text: no object of it travels."""
-    return {e.__name__: e for e in _ERRORS}.get(kind, RuntimeError)(text)
-
-
-def _named(problem: Exception) -> tuple[str, str]:
-    """The first of the errors that it is one of, and what it says."""
-    for kind in _ERRORS:
-        if isinstance(problem, kind):
-            return kind.__name__, str(problem)
-    return "RuntimeError", f"{type(problem).__name__}: {problem}"
+                yield span, raised(kind, found["text"]) if kind else Dataset.from_buffer(found["rows"])
 
 
 def _fitting(replicas: Replicas, usual: int, gpus: float | None) -> tuple[int, float]:

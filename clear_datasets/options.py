@@ -50,10 +50,10 @@ BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Rows handed to the engine at a time (default: 1,000 on a GPU, else 64).")
 ]
 Prompt = Annotated[str | None, typer.Option(help="Column of the prompt, where it is not recognised.")]
-Input = Annotated[str | None, typer.Option(help="Column that follows the prompt.")]
+Input = Annotated[str | None, typer.Option(help="Column that follows the prompt; '' for none.")]
 Response = Annotated[str | None, typer.Option(help="Column of the target.")]
-Context = Annotated[str | None, typer.Option(help="Column of a passage that goes before the prompt.")]
-System = Annotated[str | None, typer.Option(help="Column of the system message.")]
+Context = Annotated[str | None, typer.Option(help="Column of a passage that goes before the prompt; '' for none.")]
+System = Annotated[str | None, typer.Option(help="Column of the system message; '' for none.")]
 Samples = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
 Math = Annotated[bool, typer.Option("--math", help="Targets are solutions that end in a result: it alone is compared.")]
 Cache = Annotated[
@@ -85,17 +85,19 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
     from clear_datasets.formats import Columns, FormatError, infer_rows
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
-    given: dict[str, Any] = {name: column for name, column in named.items() if column}
+    optional = ("input", "context", "system")  # of which "" is none
+    given: dict[str, Any] = {n: c or None for n, c in named.items() if c is not None and (c or n in optional)}
     for option, column in given.items():
-        if column not in rows.column_names:
+        if column and column not in rows.column_names:
             raise ValueError(f"--{option}: there is no column {column!r}; found {', '.join(rows.column_names)}")
     if not given:
         return None
     if prompt and response:
         with suppress(FormatError):
             form = infer_rows(rows[:1000])
-            if isinstance(form, Columns) and form.prompt == prompt:  # with what belongs to it: input, context, system
-                return replace(form, **given)
+            if isinstance(form, Columns) and form.prompt == prompt:  # with what belongs to it
+                own = {n: None for n in optional if getattr(form, n) == response}
+                return replace(form, **{**own, **given})
         return Columns(**given)
     form = infer_rows(rows[:1000])
     if not isinstance(form, Columns):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
@@ -67,34 +68,38 @@ def is_folder_of_files(path: Path) -> bool:
 
 def _ending_of_files(folder: Path) -> str:
     """That of the files of a folder: of one kind, of one split, and all that it has."""
-    found = [f for f in folder.iterdir() if not f.name.startswith(".")]
+    found = [f for f in folder.iterdir() if not (f.name.startswith(".") or f.name == "clear_stages" or _is_beside(f))]
     files = [f for f in found if f.suffix in LOADERS and f.is_file()]
     kinds = sorted({f.suffix for f in files})
     splits = sorted({_split_of(f.name) for f in files} - {""})
     packed = sorted(f.name for f in found if f.suffix in _PACKED and Path(f.stem).suffix in LOADERS)
-    deeper = sorted(d.name for d in found if d.is_dir() and any(f.suffix in LOADERS for f in d.rglob("*")))
     what = (
         f"without a saved dataset, and with {' and '.join(kinds) or 'no data'} files" if len(kinds) != 1
         else f"with files of the splits {' and '.join(splits)}" if len(splits) > 1
         else f"with {packed[0]}, which is packed" if packed
-        else f"with more files in {deeper[0]}" if deeper
         else ""
     )  # fmt: skip
     if what:
         some = f"{splits[0] if len(splits) > 1 else ''}*{(kinds or ['.parquet'])[0]}"
         raise ValueError(f"{folder} is a folder {what}: give its files, as in '{folder}/{some}'")
+    if deeper := sorted(d.name for d in found if d.is_dir() and any(d.rglob(f"*{kinds[0]}"))):
+        warnings.warn(f"{folder / deeper[0]} has {kinds[0]} files, too, which are not read", stacklevel=3)
     return kinds[0]
+
+
+def _is_beside(file: Path) -> bool:
+    """Whether a file says what made the one beside it."""
+    name, kind, _ = file.name.rpartition(".shard" if file.name.endswith(".shard.json") else ".settings")
+    return file.suffix == ".json" and bool(kind) and file.with_name(name).exists()
 
 
 def _split_of(name: str) -> str:
     """The split that `datasets` takes a file for by its name; "" for none."""
-    if sharded := re.match(r"(\w+)-\d{5}-of-\d{5}", name):
-        return sharded[1]
     return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), "")
 
 
 def _load_files(src: str) -> Dataset:
-    files = [src] if Path(src).is_file() else sorted(glob(src, recursive=True))
+    files = [src] if Path(src).is_file() else [f for f in sorted(glob(src, recursive=True)) if not _is_beside(Path(f))]
     kinds = {Path(f).suffix for f in files}
     if not files:
         raise FileNotFoundError(f"no file matches {src}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -45,8 +46,8 @@ def report(
         gamma = settings.get("gamma") if gamma is None else gamma
         eta = settings.get("eta", 0.8) if eta is None else eta
         known = settings.get("columns", {})
-        form = options.format_of(rows, prompt or known.get("prompt"), response or known.get("response"),
-                                 *(known.get(name) for name in ("input", "context", "system")))  # fmt: skip
+        more = [known.get(name, "" if known else None) for name in ("input", "context", "system")]
+        form = options.format_of(rows, prompt or known.get("prompt"), response or known.get("response"), *more)
         file = write(
             rows, page or out.with_name(out.name + ".html"), gamma=gamma, eta=eta, format=form, title=out.name,
             agreed="keep" if settings.get("keep_agreed") else "drop", failed=settings.get("failed", "keep"),
@@ -171,7 +172,7 @@ def _json(record: Mapping[str, Any]) -> str:
 
 
 def check_scored_by(src: str, clear: Clear) -> None:
-    """Refuse other settings than those that SRC was scored with, where these are known.
+    """Refuse another model or estimator than SRC was scored with, where what made it is kept beside it.
 
     Raises:
         ValueError: The model or the estimator is another one.
@@ -180,11 +181,17 @@ def check_scored_by(src: str, clear: Clear) -> None:
 
     known, given = kept_settings(Path(src)), settings_of(clear)
     for name in ("model", "revision", "confidence") if known else ():
-        if known.get(name) != given.get(name):
+        if known.get(name) != given.get(name) and not (name == "model" and _same_folder(known, given)):
             raise ValueError(
                 f"{src} was scored with {name} {known.get(name)}, not {given.get(name)}: give the options of "
                 "clear-datasets score again, or leave --scored out"
             )
+
+
+def _same_folder(known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether two names may be those of one folder: no more than the last part of an absolute one is kept."""
+    model = str(given.get("model", ""))
+    return Path(str(known.get("model", ""))).name == Path(model).name and not re.fullmatch(r"[\w.-]+/[\w.-]+", model)
 
 
 def check_no_audit(out: Path) -> None:
@@ -211,8 +218,8 @@ def _split(argument: str) -> tuple[str, str, str]:
 
 
 def settings_file(out: Path) -> Path:
-    """Where `curate` keeps what made OUT."""
-    return out.with_name(out.name + ".settings.json")
+    """Where is kept what made OUT."""
+    return out.parent / f"{out.name}.settings.json"  # of a folder without a name, too
 
 
 def shard_file(out: Path) -> Path:

@@ -148,14 +148,15 @@ class LLM:
         """See `Similarity`."""
         unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
         asked = [prompts.same(a, b) for a, b in unique]
-        answers = dict.fromkeys(unique, np.nan)
-        try:
-            found = engine.choose(asked, ("Yes", "No"))[:, 0]
-            answers.update(zip(unique, found.tolist(), strict=True))
-        except PromptError as error:
-            fits = [i for i in range(len(unique)) if i not in error.reasons]
-            found = engine.choose([asked[i] for i in fits], ("Yes", "No"))[:, 0]
-            answers.update(zip([unique[i] for i in fits], found.tolist(), strict=True))
+        answers, left = dict.fromkeys(unique, np.nan), list(range(len(unique)))
+        while left:
+            try:
+                found = engine.choose([asked[i] for i in left], ("Yes", "No"))[:, 0]
+            except PromptError as error:  # once for what does not fit, say, and once for what has no numbers
+                left = [i for at, i in enumerate(left) if at not in error.reasons]
+            else:
+                answers.update(zip([unique[i] for i in left], found.tolist(), strict=True))
+                break
         return np.asarray([1.0 if a == b else (answers[a, b] + answers[b, a]) / 2 for a, b in pairs], dtype=np.float32)
 
 

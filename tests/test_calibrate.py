@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from clear_datasets import BSDetector, Clear, Columns, decide, noise
-from clear_datasets.calibrate import calibrate
+from clear_datasets.calibrate import calibrate, interval
 from clear_datasets.engines import Messages
 from tests.conftest import Scripted
 
@@ -156,6 +156,11 @@ def test_two_wrong_rows_in_their_place_prove_nothing():
     value, low, high = found.signals["direct, Jaccard: similarity"]
     assert (value, high) == (1, 1)
     assert low == pytest.approx(2 / (2 + 1.96**2))
+    assert "no signal tells anything here: 2 rows of a kind are few" in found.notes
+    scores, good = np.arange(20.0), np.ones(20, dtype=bool)
+    good[[0, 2]] = False  # one pair in the wrong order does not make it surer
+    assert interval(scores, good)[1] == pytest.approx(2 / (2 + 1.96**2))
+    assert interval(np.arange(200.0), np.arange(200) > 90)[1] == pytest.approx(91 / (91 + 1.96**2))
     assert "similarity of direct, Jaccard tells nothing here: AUROC 1.000" in "\n".join(found.notes)
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from clear_datasets import Columns
 from clear_datasets.engines.transformers import Transformers
+from clear_datasets.options import format_of
 from tests.conftest import make_tiny
 
 ROWS = [{"question": f"Where is {i}?", "answer": f"at {i}"} for i in range(8)] + [{"question": "", "answer": "x"}]
@@ -358,6 +360,18 @@ def test_columns_that_belong_to_a_named_prompt_go_along(tiny, tmp_path):
     assert scores[0] == scores[1]
     columns = json.loads((tmp_path / "b" / "scored.jsonl.settings.json").read_text())["columns"]
     assert columns == {"prompt": "instruction", "input": "input", "response": "output"}
+
+
+def test_a_named_column_may_be_none():
+    rows = Dataset.from_dict({"context": ["The Rhine."], "question": ["Where?"], "answer": ["here"]})
+    named = format_of(rows, "question", "answer", None, None, None)
+    assert named == Columns("question", "answer", context="context")
+    assert format_of(rows, "question", "answer", None, "", None) == Columns("question", "answer")
+    assert format_of(rows, None, None, None, "", None) == Columns("question", "answer")
+    assert format_of(rows, "question", "context", None, None, None) == Columns("question", "context")
+    assert format_of(rows, "answer", "question", None, None, None) == Columns("answer", "question")
+    with pytest.raises(ValueError, match="--context: there is no column 'passage'; found context, question, answer"):
+        format_of(rows, "question", "answer", None, "passage", None)
 
 
 def test_chats_are_not_written_into_csv(tiny, tmp_path):

@@ -21,14 +21,16 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from clear_datasets import Clear, decide
+from clear_datasets import NLI, BSDetector, Clear, decide
 from clear_datasets.engines import Answers, Asks, EngineError
+from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.files import write_folder
 from tests.conftest import Scripted, make_tiny
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "clear-datasets[ray]"')
 from clear_datasets import distributed  # noqa: E402
+from clear_datasets.replicas import Work  # noqa: E402
 
 ROWS = Dataset.from_list([{"question": f"Where is {i}?" * (i != 11), "answer": f"at {i}"} for i in range(48)])
 
@@ -218,8 +220,13 @@ def test_files_are_found_from_where_the_caller_is(tiny, tmp_path, monkeypatch):
     rows = ROWS.select(range(4))
     found = distributed.score(rows, Clear("checkpoint"), replicas=2, batch_size=2, folder="stages")
     assert found["clear_error"][:] == [""] * 4
-    work = distributed._Work.of(Clear("checkpoint").with_writer("adapter").score, "mark")
+    work = Work.of(Clear("checkpoint").with_writer("adapter").score, "mark")
     assert work.local == ("checkpoint",)
+    served = Clear(
+        engine=OpenAI("checkpoint", "http://localhost/v1"), confidence=BSDetector(similarity=NLI("checkpoint"))
+    )
+    assert Work.of(served.score, "mark").local == ("checkpoint",)  # the encoder
+    assert Work.of(replace(served, confidence=BSDetector()).score, "mark").local == ()
     lost = replace(work, folder=str(tmp_path / "not there"))
     monkeypatch.chdir(tmp_path)  # as on another machine
     with pytest.raises(OSError, match=r"checkpoint is on the machine that calls, in .*not there, and not on"):

@@ -180,7 +180,6 @@ def test_a_folder_is_replaced_only_where_it_holds_such_rows(tmp_path):
         (["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"], r"splits test and train: .*/test\*\.jsonl"),
         (["my-train.jsonl", "my_dev.jsonl"], "files of the splits train and validation"),
         (["a.jsonl", "b.jsonl.gz"], r"with b\.jsonl\.gz, which is packed: give its files"),
-        (["a.jsonl", "more/b.jsonl"], "with more files in more: give its files"),
     ],
 )  # fmt: skip
 def test_a_folder_of_which_some_would_be_mixed_or_left_out_is_refused(names, message, tmp_path):
@@ -195,7 +194,21 @@ def test_a_folder_of_one_split_is_read_whole(tmp_path):
     for name in ("train-1.jsonl", "train-2.jsonl", "contest.jsonl", ".hidden.jsonl.gz"):
         (tmp_path / name).write_text(LINES[0] + "\n")
     (tmp_path / "figures").mkdir()
+    (tmp_path / "clear_stages").mkdir()
+    (tmp_path / "clear_stages" / "0.jsonl").write_text(LINES[0] + "\n")
     assert len(rows(tmp_path)) == 3
+    (tmp_path / "figures" / "a.jsonl").write_text(LINES[0] + "\n")
+    with pytest.warns(UserWarning, match=r"figures has \.jsonl files, too, which are not read"):
+        assert len(rows(tmp_path)) == 3
+
+
+def test_what_stands_beside_a_file_is_not_taken_for_rows(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(f"[{LINES[0]}]")
+    for name in ("a.json.settings.json", "b.json.shard.json"):
+        (tmp_path / name).write_text(json.dumps({"model": "m"}))
+    (tmp_path / "of.settings.json").write_text(f"[{LINES[0]}]")  # of nothing
+    assert len(rows(tmp_path)) == len(rows(tmp_path / "*.json")) == 3
 
 
 def test_lists_are_not_written_into_csv(tmp_path):

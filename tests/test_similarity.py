@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from clear_datasets import LLM, NLI, BSDetector, Clear, Embedding, FinalAnswer, Jaccard
+from clear_datasets.engines import PromptError
 from clear_datasets.engines.transformers import Transformers
 from tests.conftest import Scripted, make_tiny
 
@@ -156,3 +157,20 @@ def test_llm_gives_nan_to_pairs_that_are_too_long():
     found = LLM()([("x" * 20_000, "y"), ("Rhine", "Main")], Scripted())
     assert math.isnan(found[0])
     assert found[1] == pytest.approx(0.2)
+
+
+@dataclass(frozen=True)
+class Overflowing(Scripted):
+    """Finds out as it answers, and not before, that it has no numbers for some prompts."""
+
+    def choose(self, prompts, labels):
+        found = super().choose(prompts, labels)
+        if broken := [i for i, p in enumerate(prompts) if "Main" in p[-1]["content"]]:
+            raise PromptError(dict.fromkeys(broken, "no numbers"))
+        return found
+
+
+def test_what_a_model_cannot_compare_ends_no_batch():
+    found = LLM()([("x" * 20_000, "y"), ("Rhine", "Main"), ("Rhine", "the Rhine")], Overflowing())
+    assert np.isnan(found[:2]).all()
+    assert found[2] == pytest.approx(0.2)

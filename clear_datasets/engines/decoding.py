@@ -23,6 +23,11 @@ class State:
     def __init__(self, checkpoint: Checkpoint, cache: Any = None, mask: torch.Tensor | None = None) -> None:
         self.checkpoint, self.cache, self.mask = checkpoint, cache, mask
 
+    @property
+    def width(self) -> int:
+        """Tokens of each sequence, padding included."""
+        return 0 if self.mask is None else self.mask.shape[1]
+
     def forward(self, rows: list[list[int]], keep: int = 1) -> torch.Tensor:
         """Read more tokens, padded on the left; float32 [rows, keep, vocabulary], the logits after the last ones."""
         import torch

@@ -11,7 +11,7 @@ from clear_datasets.engines.chats import Chats
 from clear_datasets.engines.labels import Labels
 
 _MIN_SHARED = 16  # tokens; a shorter common beginning is not worth a pass of its own
-_HELD = 8  # how many times the tokens of a forward pass the sequences of a window may hold while they are written
+HELD = 8  # how many times the tokens of a forward pass the sequences of a window may hold while they are written
 _ENOUGH = 8  # a forward pass of this part of the budget is fast; a larger one is not worth padding
 _LOGITS = 8  # a token whose logits are read weighs as much as this many that are not: the vocabulary is large
 
@@ -119,13 +119,13 @@ def windows(runs: list[Run], budget: int) -> Iterator[list[Run]]:
     """Split the runs, longest first, into windows that fit one forward pass and one decoding batch."""
     window: list[Run] = []
     held = 0
-    pieces = [piece for run in runs for piece in _pieces(run, _HELD * budget)]
+    pieces = [piece for run in runs for piece in _pieces(run, HELD * budget)]
     for run in sorted(pieces, key=lambda r: (-r.shared, -max(len(q.ids) for q in r.requests))):
         holds = sum(map(_holds, run.requests))
         if window and (
             (len(window) + 1) * window[0].shared > budget
             or 2 * run.shared < window[0].shared
-            or held + holds > _HELD * budget
+            or held + holds > HELD * budget
         ):
             yield window
             window, held = [], 0

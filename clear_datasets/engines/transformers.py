@@ -13,7 +13,7 @@ import numpy.typing as npt
 from clear_datasets.engines import Answers, Asks, EngineError, PromptError, Queued
 from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, commit_of, load, short_of_memory, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
-from clear_datasets.engines.planning import Request, Run, chunks, group, plan, windows
+from clear_datasets.engines.planning import HELD, Request, Run, chunks, group, plan, windows
 
 if TYPE_CHECKING:
     import torch
@@ -116,8 +116,9 @@ class Transformers(Queued):
                         waiting.append(result)
                     else:
                         _finish(result, 0)
-            if sum(len(w.draws) for w in waiting) >= _JOINED:
-                waiting = _together(waiting, last=False)
+            full = sum(len(w.draws) * w.state.width for w in waiting) >= HELD * budget
+            if full or sum(len(w.draws) for w in waiting) >= _JOINED:
+                waiting = _together(waiting, last=full)
             samples.tell(waiting)
         samples.tell(_together(waiting, last=True))
         if broken := broken | samples.broken:
