@@ -119,11 +119,12 @@ def calibrate(
     own = tried[0].without_the_useless(notes)
     best = max(tried, key=lambda one: one.fitted_auroc)
     gain = _difference(best.out_of_fold, tried[0].scores(*own), good, seed)
-    chosen, weights = (best, best.weights) if gain[1] > 0 else (tried[0], own)
+    better = gain[1] > 0 and best.rarer >= _FEW
+    chosen, weights = (best, best.weights) if better else (tried[0], own)
     notes.append(
         f"weights alpha={weights[0]}, beta={weights[1]} of {chosen.name}"
         + (f": better by {gain[0]:.3f} ({gain[1]:.3f} to {gain[2]:.3f}) of AUROC on rows they were not fitted on"
-           if gain[1] > 0 else ", as fitted ones were not better beyond the interval")
+           if better else ", as fitted ones were not better beyond the interval")
     )  # fmt: skip
     scores = chosen.scores(*weights)
     if np.isnan(scores).all():
@@ -189,6 +190,8 @@ class _Tried:
         self.name = f"{estimator.samples}, {type(estimator.similarity).__name__}" + (
             f" ({number})" if number > 1 else ""
         )
+        scored = good[~np.isnan(found.confidence)]
+        self.rarer = int(min(scored.sum(), (~scored).sum()))  # rows with a score of the kind that has fewer
         self.parts = {"s": found.similarity, "r": found.agreement, "f": found.reflection}
         if all(np.isnan(part).all() for part in self.parts.values()):
             raise ValueError(f"none of the rows could be scored: {next((e for e in found.errors if e), 'no reason')}")
@@ -219,7 +222,7 @@ class _Tried:
                 f"{_NAMES[part]} of {self.name} tells nothing here: AUROC {value:.3f} ({low:.3f} to {high:.3f})"
             )
         if self.useless == set(self.parts):
-            few = int(min(self.good.sum(), (~self.good).sum()))
+            few = self.rarer
             what = (
                 "do not use the scores of this model on these rows" if few >= _FEW else f"{few} rows of a kind are few"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets import Clear
-    from clear_datasets.formats import Format
+    from clear_datasets.formats import Columns, Format
     from clear_datasets.stages import Stages
 
 
@@ -96,13 +97,20 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
         with suppress(FormatError):
             form = infer_rows(rows[:1000])
             if isinstance(form, Columns) and form.prompt == prompt:  # with what belongs to it
-                own = {n: None for n in optional if getattr(form, n) == response}
-                return replace(form, **{**own, **given})
+                return _with(form, given)
         return Columns(**given)
     form = infer_rows(rows[:1000])
     if not isinstance(form, Columns):
         raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
-    return replace(form, **given)
+    return _with(form, given)
+
+
+def _with(form: Columns, given: Mapping[str, Any]) -> Columns:
+    """Columns of which some are named: none that is the prompt or the target now stands around the prompt as well."""
+    new = replace(form, **given)
+    around = [n for n in ("input", "context", "system") if n not in given]
+    none: dict[str, Any] = {n: None for n in around if getattr(new, n) in (new.prompt, new.response)}
+    return replace(new, **none)
 
 
 def steps(

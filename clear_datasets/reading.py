@@ -95,7 +95,9 @@ def _is_beside(file: Path) -> bool:
 
 def _split_of(name: str) -> str:
     """The split that `datasets` takes a file for by its name; "" for none."""
-    return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), "")
+    found = next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), "")
+    sharded = re.match(r"(\w+)-\d{5}-of-\d{5}", name)
+    return sharded[1] if found and sharded else found  # train_sft and train_gen are two
 
 
 def _load_files(src: str) -> Dataset:

@@ -43,9 +43,10 @@ class Work:
     def of(cls, step: Step, mark: str) -> Work:
         """The work of a step, told by the process that calls."""
         clear: Clear = step.__self__  # type: ignore[attr-defined]
-        engine, similarity = clear.engine, getattr(clear.confidence, "similarity", None)
+        engine, judge = clear.engine, getattr(clear.preference, "confidence", None)
         serves = engine is not None and not hasattr(engine, "adapter")  # by names of its own
-        parts = [similarity] if serves else [clear, engine, similarity]
+        encoders = [getattr(estimator, "similarity", None) for estimator in (clear.confidence, judge)]
+        parts = encoders if serves else [clear, engine, *encoders]
         names = [getattr(part, name, None) for part in parts for name in ("model", "writer", "adapter")]
         return cls(step, mark, os.getcwd(), tuple(n for n in names if isinstance(n, str) and n and os.path.exists(n)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -181,17 +180,18 @@ def check_scored_by(src: str, clear: Clear) -> None:
 
     known, given = kept_settings(Path(src)), settings_of(clear)
     for name in ("model", "revision", "confidence") if known else ():
-        if known.get(name) != given.get(name) and not (name == "model" and _same_folder(known, given)):
+        if known.get(name) != given.get(name) and not (name == "model" and _same_folder(known, clear)):
             raise ValueError(
                 f"{src} was scored with {name} {known.get(name)}, not {given.get(name)}: give the options of "
                 "clear-datasets score again, or leave --scored out"
             )
 
 
-def _same_folder(known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    """Whether two names may be those of one folder: no more than the last part of an absolute one is kept."""
-    model = str(given.get("model", ""))
-    return Path(str(known.get("model", ""))).name == Path(model).name and not re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+def _same_folder(known: Mapping[str, Any], clear: Clear) -> bool:
+    """Whether two names may be those of one folder: of an absolute one no more than its last part is kept."""
+    names = [Path(str(known.get("model", ""))), Path(clear.model)]
+    bare = any(len(name.parts) == 1 or name.is_absolute() for name in names)
+    return bare and names[0].name == names[1].name and names[1].exists()
 
 
 def check_no_audit(out: Path) -> None:

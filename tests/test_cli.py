@@ -370,6 +370,9 @@ def test_a_named_column_may_be_none():
     assert format_of(rows, None, None, None, "", None) == Columns("question", "answer")
     assert format_of(rows, "question", "context", None, None, None) == Columns("question", "context")
     assert format_of(rows, "answer", "question", None, None, None) == Columns("answer", "question")
+    alpaca = Dataset.from_dict({"instruction": ["Add."], "input": ["1 + 1"], "output": ["2"]})
+    assert format_of(alpaca, None, "input", None, None, None) == Columns("instruction", "input")
+    assert format_of(rows, "context", None, None, None, None) == Columns("context", "answer")
     with pytest.raises(ValueError, match="--context: there is no column 'passage'; found context, question, answer"):
         format_of(rows, "question", "answer", None, "passage", None)
 
@@ -380,3 +383,23 @@ def test_chats_are_not_written_into_csv(tiny, tmp_path):
     done = run("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.csv", "--model", tiny)
     assert (done.returncode, "column 'messages' would not be read back from CSV" in done.stderr) == (1, True)
     assert not (tmp_path / "clear_stages").exists()  # nothing was asked
+
+
+def test_a_column_that_was_left_out_stays_out_of_the_page(tiny, tmp_path):
+    pytest.importorskip("vl_convert")
+    rows = [{"context": "It is the Rhine.", "question": f"Where is {i}?", "answer": "here"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, named in (("with", ()), ("without", ("--context", ""))):
+        columns = ("--prompt", "question", "--response", "answer", *named)
+        done = run("score", tmp_path / "rows.jsonl", "-o", tmp_path / name, "--model", tiny, "-k", "1", *columns)
+        assert done.returncode == 0, done.stderr
+        assert run("report", tmp_path / name).returncode == 0
+        assert ("It is the Rhine." in (tmp_path / f"{name}.html").read_text()) == (name == "with")
+
+
+def test_settings_are_those_of_the_rows_that_are_there(tiny, tmp_path):
+    rows = Dataset.from_dict({"question": ["Where?"], "answer": ["here"], "raw": [b"no JSON"]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    done = run("score", tmp_path / "rows.parquet", "-o", tmp_path / "out.jsonl", "--model", tiny, "-k", "1")
+    assert (done.returncode, "JSON has no bytes: end OUT in .parquet" in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "out.jsonl.settings.json").exists()

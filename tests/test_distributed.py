@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from clear_datasets import NLI, BSDetector, Clear, decide
+from clear_datasets import NLI, BSDetector, ByConfidence, Clear, decide
 from clear_datasets.engines import Answers, Asks, EngineError
 from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.transformers import Transformers
@@ -226,6 +226,8 @@ def test_files_are_found_from_where_the_caller_is(tiny, tmp_path, monkeypatch):
         engine=OpenAI("checkpoint", "http://localhost/v1"), confidence=BSDetector(similarity=NLI("checkpoint"))
     )
     assert Work.of(served.score, "mark").local == ("checkpoint",)  # the encoder
+    judging = replace(served, preference=ByConfidence(served.confidence), confidence=BSDetector())
+    assert Work.of(judging.prefer, "mark").local == ("checkpoint",)
     assert Work.of(replace(served, confidence=BSDetector()).score, "mark").local == ()
     lost = replace(work, folder=str(tmp_path / "not there"))
     monkeypatch.chdir(tmp_path)  # as on another machine

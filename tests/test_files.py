@@ -178,6 +178,7 @@ def test_a_folder_is_replaced_only_where_it_holds_such_rows(tmp_path):
     ("names", "message"),
     [
         (["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"], r"splits test and train: .*/test\*\.jsonl"),
+        (["train_sft-00000-of-00001.jsonl", "train_gen-00000-of-00001.jsonl"], "splits train_gen and train_sft: "),
         (["my-train.jsonl", "my_dev.jsonl"], "files of the splits train and validation"),
         (["a.jsonl", "b.jsonl.gz"], r"with b\.jsonl\.gz, which is packed: give its files"),
     ],

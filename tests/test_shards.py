@@ -54,7 +54,7 @@ def test_parts_are_joined_in_the_order_of_the_source(parts):
     assert threshold(joined) == threshold(whole)
 
 
-def test_curate_takes_the_scores_that_are_there(parts, tiny):  # noqa: F811
+def test_curate_takes_the_scores_that_are_there(parts, tiny, monkeypatch):  # noqa: F811
     command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
     out = parts / "curated.jsonl"
     code, said = command("curate", parts / "joined.parquet", "-o", out, "-m", tiny, "--scored")
@@ -63,6 +63,21 @@ def test_curate_takes_the_scores_that_are_there(parts, tiny):  # noqa: F811
     assert "give the options of clear-datasets score again" in said
     code, said = command("curate", parts / "whole.parquet", "-o", out, "-m", "other", "-k", "1", "--scored")
     assert (code, "was scored with model" in said) == (1, True), said
+    for name in ("", "a", "b"):
+        (parts / name).mkdir(exist_ok=True)
+        (parts / name / "checkpoint").symlink_to(tiny)
+    monkeypatch.chdir(parts)
+    known, absolute = parts / "joined.parquet.settings.json", str(parts / "a" / "checkpoint")
+    made = json.loads(known.read_text())
+    for before, now in (("checkpoint", "./checkpoint"), ("./checkpoint", "checkpoint"), ("checkpoint", absolute)):
+        known.write_text(json.dumps(made | {"model": before}))
+        code, said = command("curate", "joined.parquet", "-o", out, "-m", now, "-k", "1", "--scored")
+        assert code == 0, said
+    for before, now in (("a/checkpoint", "b/checkpoint"), ("checkpoint", "org/checkpoint")):
+        known.write_text(json.dumps(made | {"model": before}))
+        code, said = command("curate", "joined.parquet", "-o", out, "-m", now, "-k", "1", "--scored")
+        assert (code, f"was scored with model {before}, not {now}" in said) == (1, True), said
+    known.write_text(json.dumps(made))
     relative = os.path.relpath(tiny)  # the same folder
     code, said = command("curate", parts / "joined.parquet", "-o", out, "-m", relative, "-k", "1", "--scored")
     assert code == 0, said

@@ -97,6 +97,7 @@ class Transformers(Queued):
         behind = len(asks.generate) + len(asks.choose)
         waiting: list[Writing] = []
         budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
+        most = 2 * HELD * budget  # what two windows hold
         for window in windows(group(requests, checkpoint.shares_prefix), budget):
             for request, result in self._window(window, checkpoint, asks, known.tokens, budget):
                 position = request.position
@@ -116,11 +117,11 @@ class Transformers(Queued):
                         waiting.append(result)
                     else:
                         _finish(result, 0)
-            full = sum(len(w.draws) * w.state.width for w in waiting) >= HELD * budget
+            full = sum(len(w.draws) * w.state.width for w in waiting) >= most
             if full or sum(len(w.draws) for w in waiting) >= _JOINED:
-                waiting = _together(waiting, last=full)
+                waiting = _together(waiting, False, most)
             samples.tell(waiting)
-        samples.tell(_together(waiting, last=True))
+        samples.tell(_together(waiting, True, most))
         if broken := broken | samples.broken:
             raise PromptError(dict.fromkeys(sorted(broken), _NO_NUMBERS))
         return Answers(samples.texts, known.probabilities(masses), read, samples.cut)
@@ -234,29 +235,48 @@ def _read(state: State, tokens: list[int], tail: int) -> npt.NDArray[np.float32]
     return np.concatenate(pieces)
 
 
-def _together(waiting: list[Writing], last: bool) -> list[Writing]:
-    """Draw the samples of several forward passes as one batch, until few of them are left or none.
+def _together(waiting: list[Writing], last: bool, most: int) -> list[Writing]:
+    """Draw the samples of several forward passes in few batches, until few of them are left or none.
 
-    A step is almost as slow for one sample as for many, and each window has a few long ones.
+    A step is almost as slow for one sample as for many, and each window has a few long ones. No batch holds more than
+    `most` tokens, padding included, unless one pass does.
     """
     import torch
 
-    joined: list[Writing] | None = None
+    groups: list[list[Writing]] = []
     try:
         with torch.inference_mode():
             for writing in waiting:
                 if writing.logits is not None:
                     writing.draw()
-            left = [w for w in waiting if w.draws]
-            joined = [Writing.join(left)] if len(left) > 1 else left
+        groups = _alike([w for w in waiting if w.draws], most)
     except torch.OutOfMemoryError:
-        pass
-    if joined is None:
-        torch.cuda.empty_cache()
-        joined, last = waiting, True
-    for writing in joined:
-        _finish(writing, 0 if last else len(writing.draws) // _REST)
-    return [w for w in joined if w.draws]
+        groups, last = [[w] for w in waiting], True
+    going = []
+    for alike in groups:
+        joined = None
+        try:
+            with torch.inference_mode():
+                joined = Writing.join(alike) if len(alike) > 1 else alike[0]
+        except torch.OutOfMemoryError:
+            pass
+        if joined is None:  # not in the handler: what it handles still holds the memory
+            torch.cuda.empty_cache()
+        for part in alike if joined is None else [joined]:
+            _finish(part, 0 if last or joined is None else len(part.draws) // _REST)
+            going += [part] if part.draws else []
+    return going
+
+
+def _alike(waiting: list[Writing], most: int) -> list[list[Writing]]:
+    """Groups that hold at most so many tokens once they are padded to their longest."""
+    groups: list[list[Writing]] = []
+    for writing in sorted(waiting, key=lambda w: -w.state.width):
+        if groups and sum(len(w.draws) for w in [*groups[-1], writing]) * groups[-1][0].state.width <= most:
+            groups[-1].append(writing)
+        else:
+            groups.append([writing])
+    return groups
 
 
 def _finish(writing: Writing, until: int) -> None:
