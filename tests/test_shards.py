@@ -9,19 +9,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from typer.testing import CliRunner
 
 from clear_datasets import Clear, decide, threshold
-from clear_datasets.cli import app
 from clear_datasets.files import write_folder
 from clear_datasets.reading import load
 from clear_datasets.stages import Stages, train_writer
-from tests.test_cli import ROWS, run, tiny  # noqa: F401 - a fixture
-
-
-def command(*arguments: str | Path) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [*map(str, arguments)])
-    return done.exit_code, done.stderr
+from tests.test_cli import ROWS, command, run, tiny  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
