@@ -42,7 +42,7 @@ def curated(ds: D, format: Format | None = None) -> D:
     step = _Replace(format)
 
     def apply(split: Any) -> Any:
-        if is_empty(split) and not _has(split, "clear_decision"):
+        if not _has(split, "clear_decision"):  # nor any row
             return split
         left = split.filter(_stays, input_columns="clear_decision")
         return _mapped(left, step, "clear_original") if _has(left, "clear_candidate") else left

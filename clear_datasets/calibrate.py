@@ -190,8 +190,7 @@ class _Tried:
         self.name = f"{estimator.samples}, {type(estimator.similarity).__name__}" + (
             f" ({number})" if number > 1 else ""
         )
-        scored = good[~np.isnan(found.confidence)]
-        self.rarer = int(min(scored.sum(), (~scored).sum()))  # rows with a score of the kind that has fewer
+        self.rarer = _rarer(found.confidence, good)
         self.parts = {"s": found.similarity, "r": found.agreement, "f": found.reflection}
         if all(np.isnan(part).all() for part in self.parts.values()):
             raise ValueError(f"none of the rows could be scored: {next((e for e in found.errors if e), 'no reason')}")
@@ -222,11 +221,8 @@ class _Tried:
                 f"{_NAMES[part]} of {self.name} tells nothing here: AUROC {value:.3f} ({low:.3f} to {high:.3f})"
             )
         if self.useless == set(self.parts):
-            few = self.rarer
-            what = (
-                "do not use the scores of this model on these rows" if few >= _FEW else f"{few} rows of a kind are few"
-            )
-            notes.append(f"no signal tells anything here: {what}")
+            few = f"{self.rarer} rows of a kind are few" if self.rarer < _FEW else ""
+            notes.append(f"no signal tells anything here: {few or 'do not use the scores of this model on these rows'}")
             return alpha, beta
         if {"s", "r"} <= self.useless:
             return alpha, 0.0
@@ -259,12 +255,17 @@ def interval(scores: npt.ArrayLike, good: npt.NDArray[np.bool_], seed: int = 0) 
     """AUROC with its 95% bootstrap interval, which Wilson's bounds widen where rows drawn anew would hardly vary."""
     values = np.asarray(scores, dtype=float)
     found = bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
-    known = good[~np.isnan(values)]
-    few = int(min(known.sum(), (~known).sum()))
+    few = _rarer(values, good)
     if few and (few < _FEW or found[0] in (0.0, 1.0)):
         (_, low, _), (_, _, high) = share(np.ones(few, dtype=bool)), share(np.zeros(few, dtype=bool))
         return found[0], min(found[1], low), max(found[2], high)
     return found
+
+
+def _rarer(scores: npt.NDArray[Any], good: npt.NDArray[np.bool_]) -> int:
+    """Rows with a score of the kind, right or wrong, that has fewer."""
+    known = good[~np.isnan(scores)]
+    return int(min(known.sum(), (~known).sum()))
 
 
 def _auroc_of_all(scores: Scores, good: npt.NDArray[np.bool_]) -> float:

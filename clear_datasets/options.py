@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from clear_datasets.stages import Stages
 
 
+AROUND = ("input", "context", "system")  # columns that may stand around the prompt; "" names none
+
+
 class Failed(StrEnum):
     """What becomes of rows without a score."""
 
@@ -86,8 +89,7 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
     from clear_datasets.formats import Columns, FormatError, infer_rows
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
-    optional = ("input", "context", "system")  # of which "" is none
-    given: dict[str, Any] = {n: c or None for n, c in named.items() if c is not None and (c or n in optional)}
+    given: dict[str, Any] = {n: c or None for n, c in named.items() if c is not None and (c or n in AROUND)}
     for option, column in given.items():
         if column and column not in rows.column_names:
             raise ValueError(f"--{option}: there is no column {column!r}; found {', '.join(rows.column_names)}")
@@ -108,8 +110,7 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
 def _with(form: Columns, given: Mapping[str, Any]) -> Columns:
     """Columns of which some are named: none that is the prompt or the target now stands around the prompt as well."""
     new = replace(form, **given)
-    around = [n for n in ("input", "context", "system") if n not in given]
-    none: dict[str, Any] = {n: None for n in around if getattr(new, n) in (new.prompt, new.response)}
+    none: dict[str, Any] = {n: None for n in AROUND if n not in given and getattr(new, n) in (new.prompt, new.response)}
     return replace(new, **none)
 
 

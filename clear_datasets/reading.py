@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SETTINGS, SHARD = ".settings.json", ".shard.json"  # how names of what is kept beside a file end
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
            "evaluation": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")  # fmt: skip
@@ -68,7 +69,7 @@ def is_folder_of_files(path: Path) -> bool:
 
 def _ending_of_files(folder: Path) -> str:
     """That of the files of a folder: of one kind, of one split, and all that it has."""
-    found = [f for f in folder.iterdir() if not (f.name.startswith(".") or f.name == "clear_stages" or _is_beside(f))]
+    found = [f for f in folder.iterdir() if not (f.name.startswith(".") or f.name == "clear_stages" or is_beside(f))]
     files = [f for f in found if f.suffix in LOADERS and f.is_file()]
     kinds = sorted({f.suffix for f in files})
     splits = sorted({_split_of(f.name) for f in files} - {""})
@@ -87,10 +88,10 @@ def _ending_of_files(folder: Path) -> str:
     return kinds[0]
 
 
-def _is_beside(file: Path) -> bool:
+def is_beside(file: Path) -> bool:
     """Whether a file says what made the one beside it."""
-    name, kind, _ = file.name.rpartition(".shard" if file.name.endswith(".shard.json") else ".settings")
-    return file.suffix == ".json" and bool(kind) and file.with_name(name).exists()
+    names = (file.name.removesuffix(end) for end in (SETTINGS, SHARD) if file.name.endswith(end))
+    return any(name and file.with_name(name).exists() for name in names)
 
 
 def _split_of(name: str) -> str:
@@ -101,7 +102,7 @@ def _split_of(name: str) -> str:
 
 
 def _load_files(src: str) -> Dataset:
-    files = [src] if Path(src).is_file() else [f for f in sorted(glob(src, recursive=True)) if not _is_beside(Path(f))]
+    files = [src] if Path(src).is_file() else [f for f in sorted(glob(src, recursive=True)) if not is_beside(Path(f))]
     kinds = {Path(f).suffix for f in files}
     if not files:
         raise FileNotFoundError(f"no file matches {src}")

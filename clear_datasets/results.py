@@ -15,7 +15,7 @@ import typer
 
 from clear_datasets import options
 from clear_datasets.files import check_out, write, write_text
-from clear_datasets.reading import load
+from clear_datasets.reading import SETTINGS, SHARD, is_beside, load
 from clear_datasets.terminal import clear_errors, console, visible
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from clear_datasets import Clear
     from clear_datasets.stages import Stages
-
-_SHARD = ".shard.json"
 
 _Made = Annotated[Path, typer.Argument(metavar="OUT", help="What score or curate has written.")]
 
@@ -45,7 +43,7 @@ def report(
         gamma = settings.get("gamma") if gamma is None else gamma
         eta = settings.get("eta", 0.8) if eta is None else eta
         known = settings.get("columns", {})
-        more = [known.get(name, "" if known else None) for name in ("input", "context", "system")]
+        more = [known.get(name, "" if known else None) for name in options.AROUND]
         form = options.format_of(rows, prompt or known.get("prompt"), response or known.get("response"), *more)
         file = write(
             rows, page or out.with_name(out.name + ".html"), gamma=gamma, eta=eta, format=form, title=out.name,
@@ -101,7 +99,7 @@ def merge(
         for pattern in parts:
             check_out(out, pattern, settings_file(out))
     with clear_errors():
-        found = {f for p in parts for f in ([p] if Path(p).exists() else glob(p)) if not f.endswith(_SHARD)}
+        found = {f for p in parts for f in ([p] if Path(p).exists() else glob(p)) if not is_beside(Path(f))}
         files = sorted(map(Path, found))
         known = {file: _shard(file) for file in files}
         ordered = sorted(files, key=lambda file: known[file]["shard"])
@@ -219,12 +217,12 @@ def _split(argument: str) -> tuple[str, str, str]:
 
 def settings_file(out: Path) -> Path:
     """Where is kept what made OUT."""
-    return out.parent / f"{out.name}.settings.json"  # of a folder without a name, too
+    return out.parent / f"{out.name}{SETTINGS}"  # of a folder without a name, too
 
 
 def shard_file(out: Path) -> Path:
     """Where ``score --shard`` keeps which part of the rows OUT is."""
-    return out.with_name(out.name + _SHARD)
+    return out.with_name(out.name + SHARD)
 
 
 def audit_file(out: Path) -> Path:

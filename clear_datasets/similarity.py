@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets import prompts
-from clear_datasets.engines import Engine, PromptError
+from clear_datasets.asking import ask
+from clear_datasets.engines import Asks, Engine
 from clear_datasets.engines.cache import Cached
 from clear_datasets.engines.checkpoint import after_fork, best_device, commit_of, loading, stamp
 
@@ -148,15 +149,8 @@ class LLM:
         """See `Similarity`."""
         unique = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
         asked = [prompts.same(a, b) for a, b in unique]
-        answers, left = dict.fromkeys(unique, np.nan), list(range(len(unique)))
-        while left:
-            try:
-                found = engine.choose([asked[i] for i in left], ("Yes", "No"))[:, 0]
-            except PromptError as error:  # once for what does not fit, say, and once for what has no numbers
-                left = [i for at, i in enumerate(left) if at not in error.reasons]
-            else:
-                answers.update(zip([unique[i] for i in left], found.tolist(), strict=True))
-                break
+        found = ask(engine, [""] * len(unique), lambda i: Asks(choose=[asked[i]], labels=("Yes", "No")))
+        answers = {pair: float(found[i].chosen[0, 0]) if i in found else np.nan for i, pair in enumerate(unique)}
         return np.asarray([1.0 if a == b else (answers[a, b] + answers[b, a]) / 2 for a, b in pairs], dtype=np.float32)
 
 

@@ -243,7 +243,6 @@ def _together(waiting: list[Writing], last: bool, most: int) -> list[Writing]:
     """
     import torch
 
-    groups: list[list[Writing]] = []
     try:
         with torch.inference_mode():
             for writing in waiting:
