@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,18 +13,17 @@ from clear_datasets import noise as makers
 from clear_datasets.apply import OURS
 from clear_datasets.confidence import BSDetector, Confidence
 from clear_datasets.formats import Format, FormatError, infer
+from clear_datasets.intervals import FEW, Interval, auroc_of_all, bootstrap, interval, rarer, share
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets.steps import Clear
 
-Interval = tuple[float, float, float]  # a figure, and the least and the most that it may be, with 95%
 Scores = npt.NDArray[np.float64]
 
 NOISES = ("swap", "truncate", "wrong_sentence", "wrong_number")  # by default
-_FOLDS, _DRAWS = 5, 1000
-_FEW = 10  # rows of a kind, of which an interval by rows drawn anew is too narrow
+_FOLDS = 5
 _GRID = tuple(round(0.1 * i, 1) for i in range(11))
 _NAMES = {"s": "similarity", "r": "agreement", "f": "reflection"}
 
@@ -119,7 +117,7 @@ def calibrate(
     own = tried[0].without_the_useless(notes)
     best = max(tried, key=lambda one: one.fitted_auroc)
     gain = _difference(best.out_of_fold, tried[0].scores(*own), good, seed)
-    better = gain[1] > 0 and best.rarer >= _FEW
+    better = gain[1] > 0 and best.rarer >= FEW
     chosen, weights = (best, best.weights) if better else (tried[0], own)
     notes.append(
         f"weights alpha={weights[0]}, beta={weights[1]} of {chosen.name}"
@@ -190,7 +188,7 @@ class _Tried:
         self.name = f"{estimator.samples}, {type(estimator.similarity).__name__}" + (
             f" ({number})" if number > 1 else ""
         )
-        self.rarer = _rarer(found.confidence, good)
+        self.rarer = rarer(found.confidence, good)
         self.parts = {"s": found.similarity, "r": found.agreement, "f": found.reflection}
         if all(np.isnan(part).all() for part in self.parts.values()):
             raise ValueError(f"none of the rows could be scored: {next((e for e in found.errors if e), 'no reason')}")
@@ -202,7 +200,7 @@ class _Tried:
         self.out_of_fold = np.full(len(good), np.nan)
         for fold in self._folds():
             self.out_of_fold[fold] = self.scores(*self._best(~fold))[fold]
-        self.fitted_auroc = _auroc_of_all(self.out_of_fold, good)
+        self.fitted_auroc = auroc_of_all(self.out_of_fold, good)
 
     def scores(self, alpha: float, beta: float) -> Scores:
         """Confidence by other weights; a part without weight does not matter, be it nan."""
@@ -221,7 +219,7 @@ class _Tried:
                 f"{_NAMES[part]} of {self.name} tells nothing here: AUROC {value:.3f} ({low:.3f} to {high:.3f})"
             )
         if self.useless == set(self.parts):
-            few = f"{self.rarer} rows of a kind are few" if self.rarer < _FEW else ""
+            few = f"{self.rarer} rows of a kind are few" if self.rarer < FEW else ""
             notes.append(f"no signal tells anything here: {few or 'do not use the scores of this model on these rows'}")
             return alpha, beta
         if {"s", "r"} <= self.useless:
@@ -237,7 +235,7 @@ class _Tried:
         pairs = [(a, b) for a in alphas or (own[0],) for b in betas or (own[1],)]
 
         def worth(weights: tuple[float, float]) -> tuple[float, float]:
-            auroc = _auroc_of_all(self.scores(*weights)[rows], self.good[rows])
+            auroc = auroc_of_all(self.scores(*weights)[rows], self.good[rows])
             return round(auroc, 4), -abs(weights[0] - own[0]) - abs(weights[1] - own[1])
 
         return max(pairs, key=worth)
@@ -251,43 +249,11 @@ class _Tried:
         return [number == fold for fold in range(_FOLDS)]
 
 
-def interval(scores: npt.ArrayLike, good: npt.NDArray[np.bool_], seed: int = 0) -> Interval:
-    """AUROC with its 95% bootstrap interval, which Wilson's bounds widen where rows drawn anew would hardly vary."""
-    values = np.asarray(scores, dtype=float)
-    found = bootstrap(lambda rows: makers.auroc(values[rows].tolist(), good[rows].tolist()), len(good), seed)
-    few = _rarer(values, good)
-    if few and (few < _FEW or found[0] in (0.0, 1.0)):
-        (_, low, _), (_, _, high) = share(np.ones(few, dtype=bool)), share(np.zeros(few, dtype=bool))
-        return found[0], min(found[1], low), max(found[2], high)
-    return found
-
-
-def _rarer(scores: npt.NDArray[Any], good: npt.NDArray[np.bool_]) -> int:
-    """Rows with a score of the kind, right or wrong, that has fewer."""
-    known = good[~np.isnan(scores)]
-    return int(min(known.sum(), (~known).sum()))
-
-
-def _auroc_of_all(scores: Scores, good: npt.NDArray[np.bool_]) -> float:
-    """AUROC in which a row without a score ties with all others: it tells nothing, and no row is left out."""
-    known = ~np.isnan(scores)
-    pairs = (known & good).sum() * (known & ~good).sum() / max(good.sum() * (~good).sum(), 1)
-    return float(0.5 + pairs * (makers.auroc(scores.tolist(), good.tolist()) - 0.5)) if pairs else 0.5
-
-
 def _difference(ours: Scores, theirs: Scores, good: npt.NDArray[np.bool_], seed: int) -> Interval:
     def gain(rows: npt.NDArray[Any]) -> float:
-        return _auroc_of_all(ours[rows], good[rows]) - _auroc_of_all(theirs[rows], good[rows])
+        return auroc_of_all(ours[rows], good[rows]) - auroc_of_all(theirs[rows], good[rows])
 
     return bootstrap(gain, len(good), seed)
-
-
-def bootstrap(figure: Any, size: int, seed: int = 0) -> Interval:
-    """A figure of all rows, and its 95% interval over rows drawn anew; `figure` takes their positions."""
-    draws = np.random.default_rng(seed).integers(0, size, (_DRAWS, size))
-    found = [figure(rows) for rows in draws]
-    low, high = np.nanpercentile(found, [2.5, 97.5]) if not np.isnan(found).all() else (float("nan"),) * 2
-    return float(figure(np.arange(size))), float(low), float(high)
 
 
 def _gamma(scores: Scores, good: npt.NDArray[np.bool_]) -> float:
@@ -306,15 +272,6 @@ def _thresholds(scores: Scores, good: npt.NDArray[np.bool_]) -> list[Threshold]:
         out = values <= gamma
         found.append(Threshold(gamma, float(1 - out.mean()), share(out[wrong]), share(wrong[out])))
     return found
-
-
-def share(hits: npt.NDArray[np.bool_]) -> Interval:
-    """A share with its 95% interval by Wilson's score: 40 of 40 is no certainty, as drawn anew it would be."""
-    if not len(hits):
-        return (float("nan"),) * 3
-    n, p, z = len(hits), float(hits.mean()), 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def _scored(sample: Dataset, scores: Scores, chosen: _Tried, alpha: float) -> Dataset:

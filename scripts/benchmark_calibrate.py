@@ -23,8 +23,8 @@ from this_run import this_run
 
 from clear_datasets import BSDetector, Clear, calibrate, infer
 from clear_datasets import noise as makers
-from clear_datasets.calibrate import bootstrap, share
 from clear_datasets.engines import default_engine
+from clear_datasets.intervals import bootstrap, share
 from clear_datasets.noise import auroc
 
 DATA = Path(__file__).parent / "data"

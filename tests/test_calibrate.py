@@ -10,8 +10,9 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from clear_datasets import BSDetector, Clear, Columns, decide, noise
-from clear_datasets.calibrate import calibrate, interval
+from clear_datasets.calibrate import calibrate
 from clear_datasets.engines import Messages
+from clear_datasets.intervals import interval
 from tests.conftest import Scripted
 
 N = 150
