@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clear_datasets.decide import is_empty
-from clear_datasets.formats import Format, FormatError, RowOf, infer_rows
+from clear_datasets.formats import Format, FormatError, RowOf, infer_rows, of_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -123,8 +123,9 @@ class _Replace:
             if decision == "replace" and (candidate := batch["clear_candidate"][i]):
                 row = RowOf(batch, i)
                 with suppress(FormatError):  # it has no target that could be replaced
-                    originals[i] = originals[i] or form.read(row).response
-                    _put(changed, batch, i, form.write(row, candidate))
+                    own = self.format or of_row(form, row)
+                    originals[i] = originals[i] or own.read(row).response
+                    _put(changed, batch, i, own.write(row, candidate))
         return changed
 
 
@@ -139,7 +140,8 @@ class _Restore:
         changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
         for i, original in enumerate(batch["clear_original"]):
             if original:
-                _put(changed, batch, i, form.write(RowOf(batch, i), original))
+                row = RowOf(batch, i)
+                _put(changed, batch, i, (self.format or of_row(form, row)).write(row, original))
         return changed
 
 

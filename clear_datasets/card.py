@@ -26,6 +26,7 @@ _BEGIN, _END = (
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "n>1B")
 _LICENCE = ("license", "license_name", "license_link")
 _SHOWN, _EXAMPLES = 400, 3  # characters of a text; rows of a decision
+_FOLDER = r"""(?<![^\s='"])(?:[/\\~]|[A-Za-z]:[/\\])[^\s'"]*"""  # in a command
 _DECISIONS = {"keep": "Kept", "replace": "Replaced", "drop": "Dropped"}
 
 
@@ -82,7 +83,9 @@ def card(
     if source:
         data["source_datasets"] = [source]
         data |= {name: theirs[name] for name in (*_LICENCE, "language") if theirs.get(name)}
-    more = dict(settings)
+    more = {
+        n: last_part(value) if isinstance(value, str) and n != "command" else value for n, value in settings.items()
+    }
     values = {
         "total": f"{len(whole):,}",
         "left": f"{left:,}",
@@ -92,7 +95,7 @@ def card(
         "judge": _judge(whole),
         "image": IMAGE if scored else "",
         "audited": audited,
-        "command": more.pop("command", ""),
+        "command": re.sub(_FOLDER, lambda found: last_part(found[0]), str(more.pop("command", ""))),
         "code": _code(clear, more, source, rows) if clear else "",
         "detector": clear is None or isinstance(clear.confidence, BSDetector),
         "settings": {_cell(name): _cell(value) for name, value in {**settings_of(clear), **more}.items()},
@@ -281,18 +284,20 @@ def _examples(rows: Dataset, clear: Clear | None, audited: bool) -> dict[str, li
     """A few rows of each decision: of those kept and dropped the least confident."""
     import numpy as np
 
-    from clear_datasets.formats import infer_rows
+    from clear_datasets.formats import infer_dataset, of_row, without_media
 
     if "clear_decision" not in rows.column_names or not len(rows):
         return {}
-    form = (clear.format if clear else None) or infer_rows(rows[:1000])
+    rows, given = without_media(rows), clear.format if clear else None
+    most = given or infer_dataset(rows)
     scores = np.asarray(rows["clear_confidence"][:], dtype=float)
     decisions = np.array(rows["clear_decision"][:])
     found: dict[str, list[dict[str, str]]] = {}
     for decision, title in _DECISIONS.items():
         chosen = np.flatnonzero((decisions == decision) & ~np.isnan(scores))
         chosen = chosen[np.argsort(scores[chosen], kind="stable")][:_EXAMPLES]
-        found[title] = [_example(rows[int(i)], form, audited) for i in chosen]
+        examples = [rows[int(i)] for i in chosen]
+        found[title] = [_example(row, given or of_row(most, row), audited) for row in examples]
     return {title: shown for title, shown in found.items() if shown}
 
 

@@ -10,7 +10,7 @@ import typer
 
 from clear_datasets import cache_commands, options, results
 from clear_datasets.apply import OURS
-from clear_datasets.files import check_flat, check_out, write
+from clear_datasets.files import check_columns, check_out, write
 from clear_datasets.reading import load
 from clear_datasets.terminal import calibration_tables, clear_errors, console, cost_table, summary
 
@@ -83,14 +83,15 @@ def score(
         stages = options.stages(out, batch_size, replicas, ray, shard)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
-        check_flat(rows, out)
+        check_columns(rows, out)
         form = options.format_of(rows, prompt, response, input, context, system)
         clear = options.steps(model, model_revision, form, samples, math, cache=cache)
         scored = stages.score(rows, clear)
+        results.forget(out)
+        write(scored, out)
         if shard:
             results.keep_shard(out, clear, stages, rows)
-        write(scored, out)
-        if not shard:
+        else:
             results.keep_settings(out, clear, rows)
         summary(scored, out, clear, None)
 
@@ -148,12 +149,14 @@ def curate(
         check_out(audit, src)
         if not correct and (writer or finetune or keep_agreed or rounds > 1):
             raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")
+        if correct and writer is None and not (find_spec("trl") and find_spec("peft")):
+            raise ImportError('--correct fine-tunes MODEL, with trl and peft: pip install "clear-datasets[train]"')
         stages = options.stages(out, batch_size, replicas, ray)
         if writer and (finetune or rounds > 1):
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
     with clear_errors():
         rows = load(src, split, config, revision, limit)
-        check_flat(rows, out)
+        check_columns(rows, out)
         form = options.format_of(rows, prompt, response, input, context, system)
         clear = options.steps(model, model_revision, form, samples, math, preference, cache=cache)
         if scored:
@@ -174,6 +177,7 @@ def curate(
                 train_writer(decided, correcting)
             decided = stages.correct(whole, correcting).map(decision, batched=True)
         own = [c for c in rows.column_names if not (scored and c in OURS)]
+        results.forget(out)
         write(decided, audit)
         write(curated(decided, form).select_columns([c for c in own if c in decided.column_names]), out)
         more = {"eta": eta, "keep_agreed": keep_agreed, "rounds": rounds} if correct else {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from glob import glob
@@ -50,20 +53,38 @@ def check_out(out: Path, src: str, *beside: Path) -> None:
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
 
 
-def check_flat(ds: Dataset, out: Path) -> None:
-    """Refuse lists and objects in CSV, which would be texts that nobody reads back.
+def check_columns(ds: Dataset, out: Path) -> None:
+    """Refuse lists and objects in CSV, which would be texts that nobody reads back, and bytes and images in JSON.
 
     Raises:
-        ValueError: OUT is a CSV file, and a column holds them.
+        ValueError: OUT is a CSV or JSON file, and a column holds them.
     """
     from datasets import ClassLabel, Value
 
-    nested = [repr(name) for name, f in ds.features.items() if not isinstance(f, Value | ClassLabel)]
-    if out.suffix == ".csv" and nested:
+    if out.suffix == ".csv":
+        wrong = [repr(name) for name, f in ds.features.items() if not isinstance(f, Value | ClassLabel)]
+        instead = ".jsonl or .parquet"
+    else:
+        json = out.suffix in (".jsonl", ".json")
+        wrong = [repr(name) for name, f in ds.features.items() if json and not _is_json(f)]
+        instead = ".parquet"
+    if wrong:
         raise ValueError(
-            f"column{'s' * (len(nested) > 1)} {', '.join(nested)} would not be read back from CSV: end OUT, {out}, in "
-            ".jsonl or .parquet"
+            f"column{'s' * (len(wrong) > 1)} {', '.join(wrong)} would not be read back from {out.suffix[1:].upper()}: "
+            f"end OUT, {out}, in {instead}"
         )
+
+
+def _is_json(feature: Any) -> bool:
+    """Whether JSON has values of a feature; times are texts in it."""
+    if isinstance(feature, Mapping):
+        return all(map(_is_json, feature.values()))
+    if hasattr(feature, "feature"):
+        return _is_json(feature.feature)
+    return not (
+        hasattr(feature, "embed_storage")
+        or re.match("(large_)?binary|duration|decimal", getattr(feature, "dtype", None) or "")
+    )
 
 
 def check_folder(out: Path | None, src: str | None, kept: Path) -> None:
@@ -122,8 +143,8 @@ def write(ds: Dataset, out: Path) -> None:
         if out.suffix in (".jsonl", ".json"):
             _write_json(ds, part, array=out.suffix == ".json")
         elif out.suffix == ".csv":
-            check_flat(ds, out)
-            ds.to_csv(part, index=False)
+            check_columns(ds, out)
+            ds.to_csv(part, index=False, quoting=csv.QUOTE_NONNUMERIC if _has_returns(ds) else csv.QUOTE_MINIMAL)
         elif out.suffix == ".parquet":
             with _Enduring(part.open("wb", buffering=0)) as f:
                 ds.to_parquet(f)
@@ -152,12 +173,15 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def _beside(out: Path) -> Iterator[Path]:
-    part, old = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in ("", ".old"))
+    mine = secrets.token_hex(4)  # process numbers are those of others in other containers
+    part, old = (out.with_name(f".{out.name}.{mine}{end}") for end in ("", ".old"))
     try:
         yield part
         if out.is_dir():  # a dataset and nothing else: see check_out and check_folder
             out.rename(old)
-        part.rename(out)
+        elif part.is_file():
+            _to_disk(part)
+        part.replace(out)
     except OSError as error:
         raise OSError(
             f"cannot write {out} ({error.strerror or error}): what was there before stays; "
@@ -170,6 +194,21 @@ def _beside(out: Path) -> Iterator[Path]:
             if left.is_dir():
                 shutil.rmtree(left)
             left.unlink(missing_ok=True)
+
+
+def _has_returns(ds: Dataset) -> bool:
+    """Whether a text holds a carriage return, which ends a row unless it is quoted; Python quotes it from 3.13 on."""
+    import pyarrow.compute as pc
+    from pyarrow.types import is_large_string, is_string
+
+    texts = (c for c in ds.data.columns if is_string(c.type) or is_large_string(c.type))
+    return any(pc.any(pc.match_substring(column, "\r")).as_py() for column in texts)
+
+
+def _to_disk(file: Path) -> None:
+    """Before the rename: a machine that loses its power would keep the new name, and nothing under it."""
+    with file.open("r+b") as f:
+        os.fsync(f.fileno())
 
 
 class _Enduring(io.BufferedWriter):

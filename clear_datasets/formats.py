@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from reprlib import repr as brief
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from clear_datasets.engines import Messages
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = Mapping[str, Any]
 
@@ -227,6 +230,31 @@ def infer(columns: Mapping[str, Any]) -> Format:
 def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
     """The format of some rows, by the first value of a column that is a chat as most are: bad rows change no others."""
     return infer(_Firsts(rows))
+
+
+def infer_dataset(ds: Dataset) -> Format:
+    """The format of a dataset, by its first 1,000 rows."""
+    return infer_rows(without_media(ds)[:1000])
+
+
+def of_row(most: Format, row: Row) -> Format:
+    """The format of a row: that of most rows, or another one, in which a batch of its like was read."""
+    try:
+        most.read(row)
+    except FormatError:
+        return infer(row)
+    return most
+
+
+def without_media(ds: Dataset) -> Dataset:
+    """Without columns of images, sounds and the like, which reading a row would decode."""
+    return ds.select_columns([name for name, feature in ds.features.items() if not _is_media(feature)])
+
+
+def _is_media(feature: Any) -> bool:
+    while hasattr(feature, "feature"):  # a list of them
+        feature = feature.feature
+    return hasattr(feature, "embed_storage")
 
 
 class _Lazily(Mapping[str, Any]):

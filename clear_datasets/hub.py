@@ -73,6 +73,7 @@ def push_to_hub(
     Raises:
         ValueError: The name of a split is not one that the Hub takes, or the splits of both are not the same.
         HfHubHTTPError: The Hub refuses, for want of rights, say.
+        ImportError: Altair or vl-convert is not installed, by which the card's figure is drawn.
 
     Examples:
         >>> push_to_hub(curated(ds), "me/train-clear", audit=ds)  # doctest: +SKIP
@@ -150,12 +151,13 @@ def _plain(part: Dataset, scores: bool) -> Dataset:
 def _files(rows: Mapping[str, Splits], largest: int, folder: Path) -> Iterator[tuple[str, Path]]:
     """Name in the repository, and a file that may be removed once the next one is asked for."""
     for config, splits in rows.items():
-        for split, part in splits.items():
+        for split, found in splits.items():
+            part = _embedded(found)  # whole, as its size is not known before
             size = part.data.nbytes * len(part) / max(part.data.num_rows, 1)
             count = max(1, math.ceil(size / largest))
             for i in range(count):
                 file = folder / "rows.parquet"
-                write(_embedded(part.shard(count, i, contiguous=True)), file)
+                write(part.shard(count, i, contiguous=True), file)
                 yield f"{_folder(config)}/{split}-{i:05}-of-{count:05}.parquet", file
 
 
@@ -187,11 +189,13 @@ def _commit(
 ) -> str:
     """All or nothing, upon the commit whose card was read."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     there = api.dataset_info(repo, revision=revision)
     try:
         old = DatasetCard.load(api.hf_hub_download(repo, "README.md", repo_type="dataset", revision=there.sha))
+    except LocalEntryNotFoundError:  # out of reach: a new card would take the place of the owner's
+        raise
     except EntryNotFoundError:
         old = DatasetCard(EMPTY)
     ours, new = tuple(f"{_folder(c)}/{s}-" for c in rows for s in rows[c]), {f.path_in_repo for f in files}
@@ -261,6 +265,14 @@ def _wait(error: Exception, usual: float) -> float | None:
             return usual  # older hf_xet says no more of a network that fails
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def of_the_hub(error: Exception) -> bool:
+    """Whether the Hub refused, or was out of reach: its clients have exceptions of many kinds for that."""
+    chain: BaseException | None = error
+    while chain is not None and getattr(chain, "response", None) is None:
+        chain = chain.__cause__ or chain.__context__
+    return chain is not None or _wait(error, 0) is not None
 
 
 def source_of(parts: Iterable[Dataset]) -> str:

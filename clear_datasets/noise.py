@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clear_datasets.formats import Format, infer_rows
+from clear_datasets.formats import Format, infer_dataset, without_media
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -215,13 +215,13 @@ MAKERS = {m.__name__: m for m in (wrong_sentence, other_answer, swap, truncate, 
 
 
 def _targets(ds: Dataset, format: Format | None) -> list[str]:
-    read = (format or infer_rows(ds[:1000])).read
-    return [read(row).response for row in ds]
+    read = (format or infer_dataset(ds)).read
+    return [read(row).response for row in without_media(ds)]
 
 
 def _replace(ds: Dataset, name: str, wrong: _Wrong, fraction: float, seed: int, format: Format | None) -> Dataset:
     """Give a random share of the rows one of their wrong targets."""
-    form, generator, wanted = format or infer_rows(ds[:1000]), random.Random(seed), _wanted(ds, fraction)
+    form, generator, wanted = format or infer_dataset(ds), random.Random(seed), _wanted(ds, fraction)
     chosen: dict[int, str] = {}
     for i in generator.sample(range(len(ds)), len(ds)):
         if len(chosen) == wanted:

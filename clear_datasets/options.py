@@ -86,7 +86,7 @@ Preference = Annotated[Judge, typer.Option(help=_JUDGING)]
 def format_of(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
               system: str | None) -> Format | None:  # fmt: skip
     """The format of named columns; those that are not named are inferred, all of them where none is."""
-    from clear_datasets.formats import Columns, FormatError, infer_rows
+    from clear_datasets.formats import Columns, FormatError, infer_dataset
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
     given: dict[str, Any] = {n: c or None for n, c in named.items() if c is not None and (c or n in AROUND)}
@@ -97,11 +97,11 @@ def format_of(rows: Dataset, prompt: str | None, response: str | None, input: st
         return None
     if prompt and response:
         with suppress(FormatError):
-            form = infer_rows(rows[:1000])
+            form = infer_dataset(rows)
             if isinstance(form, Columns) and form.prompt == prompt:  # with what belongs to it
                 return _with(form, given)
         return Columns(**given)
-    form = infer_rows(rows[:1000])
+    form = infer_dataset(rows)
     if not isinstance(form, Columns):
         raise ValueError(f"the columns hold a chat ({form}): --{', --'.join(given)} cannot be set on it")
     return _with(form, given)

@@ -103,9 +103,18 @@ def _split_of(name: str) -> str:
 
 def _load_files(src: str) -> Dataset:
     files = [src] if Path(src).is_file() else [f for f in sorted(glob(src, recursive=True)) if not is_beside(Path(f))]
-    kinds = {Path(f).suffix for f in files}
     if not files:
         raise FileNotFoundError(f"no file matches {src}")
+    return load_files(files, src)
+
+
+def load_files(files: Sequence[str], src: str) -> Dataset:
+    """The rows of files of one kind, one file after the other.
+
+    Raises:
+        ValueError: They are of several kinds, or cannot be read as one dataset; `src` is what they are called.
+    """
+    kinds = {Path(f).suffix for f in files}
     if len(kinds) > 1 or not kinds <= set(LOADERS):
         raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
     kind, files = LOADERS[kinds.pop()], [os.path.abspath(f) for f in files]
@@ -115,12 +124,12 @@ def _load_files(src: str) -> Dataset:
 def _loaded(kind: str, files: Sequence[str], **options: Any) -> Dataset:
     import datasets
 
-    with _reading(files):  # the loader takes each name for a pattern
+    with explained(files):  # the loader takes each name for a pattern
         return datasets.load_dataset(kind, data_files=[escape(f) for f in files], split="train", **options)
 
 
 @contextmanager
-def _reading(files: Sequence[str]) -> Iterator[None]:
+def explained(files: Sequence[str]) -> Iterator[None]:
     """Say why files cannot be read, and which: `datasets` says neither."""
     from datasets.exceptions import DatasetGenerationError
 
@@ -157,9 +166,17 @@ def _csv_columns(file: str) -> list[str]:
     import pandas as pd  # type: ignore[import-untyped]
 
     try:
-        return list(pd.read_csv(file, nrows=0).columns)
+        found = pd.read_csv(file, nrows=1)
     except ValueError as error:
         raise ValueError(f"cannot read {file}: {error}; expected CSV in UTF-8, names of columns first") from error
+    if not isinstance(
+        found.index, pd.RangeIndex
+    ):  # pandas takes what is too much for names of rows, and moves the rest
+        raise ValueError(
+            f"cannot read {file}: its first row has more cells than the {len(found.columns)} names of columns: "
+            "expected as many; a cell with a comma stands in quotes"
+        )
+    return list(found.columns)
 
 
 def _load_json(files: Sequence[str]) -> Dataset:
@@ -175,7 +192,7 @@ def _load_json(files: Sequence[str]) -> Dataset:
     if texts == rows.features and not any(map(_is_array, files)) and not _has_times(rows):
         return rows
     known = tuple((f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files)  # into the name of the cache
-    with _reading(files):
+    with explained(files):
         again: Dataset = Dataset.from_generator(
             _json_rows, features=Features(texts), gen_kwargs={"files": known, "names": tuple(texts)}
         )

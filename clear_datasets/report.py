@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from clear_datasets.decide import Failed, threshold
 from clear_datasets.files import write_text
-from clear_datasets.formats import Format, FormatError, infer_rows
+from clear_datasets.formats import Format, FormatError, infer_dataset, of_row, without_media
 
 if TYPE_CHECKING:
     import altair
@@ -151,12 +151,14 @@ def report(
         "about": f"{len(rows):,} row{'s' * (len(rows) != 1)}",
     }
     folder = files("clear_datasets").joinpath("page")
-    page = Environment().from_string(folder.joinpath("page.html.jinja").read_text())  # what is of the data is escaped
+    page = Environment().from_string(
+        folder.joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )  # what is of the data is escaped
     whole = page.render(
         title=html.escape(title),
         calibration=calibration,
-        style=folder.joinpath("page.css").read_text(),
-        script=folder.joinpath("page.js").read_text(),
+        style=folder.joinpath("page.css").read_text(encoding="utf-8"),
+        script=folder.joinpath("page.js").read_text(encoding="utf-8"),
         library=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script"),
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
     )
@@ -175,13 +177,14 @@ def _packed(values: npt.NDArray[Any]) -> str:
 def _texts(rows: Dataset, chosen: list[int], format: Format | None) -> list[dict[str, Any]]:
     if not chosen:
         return []
-    form = format or infer_rows(rows[:1000])
-    return [{"i": i, **_shown(row, form)} for i, row in zip(chosen, rows.select(chosen), strict=True)]
+    rows = without_media(rows)
+    most = format or infer_dataset(rows)
+    return [{"i": i, **_shown(row, format, most)} for i, row in zip(chosen, rows.select(chosen), strict=True)]
 
 
-def _shown(row: Mapping[str, Any], form: Format) -> dict[str, Any]:
+def _shown(row: Mapping[str, Any], format: Format | None, most: Format) -> dict[str, Any]:
     try:
-        example = form.read(row)
+        example = (format or of_row(most, row)).read(row)
         prompt, target = example.prompt[-1]["content"], example.response
     except FormatError:
         prompt, target = json.dumps({k: v for k, v in row.items() if not k.startswith("clear_")}, default=str), ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -15,7 +16,7 @@ import typer
 
 from clear_datasets import options
 from clear_datasets.files import check_out, write, write_text
-from clear_datasets.reading import SETTINGS, SHARD, is_beside, load
+from clear_datasets.reading import SETTINGS, SHARD, is_beside, load, load_files
 from clear_datasets.terminal import clear_errors, console, visible
 
 if TYPE_CHECKING:
@@ -62,27 +63,58 @@ def push(
 ) -> None:
     """Push curated rows, all rows with their scores, and a card that says what was done, to the Hub."""
     from clear_datasets import Clear, Columns
-    from clear_datasets.hub import push_to_hub
+    from clear_datasets.hub import of_the_hub, push_to_hub
 
     with clear_errors():
         rows, settings = load(str(out), None, None, None, None), kept_settings(out)
         audit = _audit(out)
         if "clear_decision" not in audit.column_names:
             raise ValueError(f"{out} has no decisions: run clear-datasets curate first")
+        _check_whole(out, rows, audit)
         known, columns = settings.pop("source", None), settings.pop("columns", None)
         clear = Clear(settings.get("model", ""), format=Columns(**columns)) if columns else None
-        address = push_to_hub(
-            rows, repo, audit, clear=clear, settings=settings, source=source or known,
-            private=private or None, split=split, revision=revision,
-        )  # fmt: skip
+        try:
+            address = push_to_hub(
+                rows, repo, audit, clear=clear, settings=settings, source=source or known,
+                private=private or None, split=split, revision=revision,
+            )  # fmt: skip
+        except Exception as error:
+            if isinstance(error, OSError) or not of_the_hub(error):
+                raise
+            raise OSError(
+                f"the push broke off ({str(error) or type(error).__name__}): the Hub shows what it showed before, and "
+                "the same command goes on from what was uploaded"
+            ) from error
         print(visible(address))
+
+
+def _check_whole(out: Path, rows: Dataset, audit: Dataset) -> None:
+    """Refuse an audit of other rows than those of OUT: of a run that was ended between the two."""
+    left = sum(decision != "drop" for decision in audit["clear_decision"][:])
+    wrong = (
+        f"has {len(rows):,} rows, and {audit_file(out).name} keeps {left:,}" if len(rows) != left
+        else f"has no {settings_file(out).name} beside it, which curate writes last" if not settings_file(out).exists()
+        else ""
+    )  # fmt: skip
+    if wrong:
+        raise ValueError(f"{out} {wrong}: run clear-datasets curate again, which asks nothing twice")
 
 
 def keep_shard(out: Path, clear: Clear, stages: Stages, rows: Dataset) -> None:
     """Write beside OUT which part of the rows it is, for `merge`."""
     number, of = stages.shard
-    record = {"shard": number, "of": of, "rows": len(rows), "settings": _made_by(clear, rows)}
+    record = {"shard": number, "of": of, "rows": len(rows), "digest": _digest(rows), "settings": _made_by(clear, rows),
+              "model_state": clear.__getstate__()["stamp"]}  # fmt: skip
     write_text(shard_file(out), _json(record))
+
+
+def _digest(rows: Dataset) -> str:
+    """Of 1,000 rows from all over, which other rows, or these in another order, do not have."""
+    from clear_datasets.formats import without_media
+
+    spread = {i * len(rows) // 1000 for i in range(1000)}
+    taken = without_media(rows).select(sorted(spread))
+    return hashlib.sha256(json.dumps(taken[:], default=str).encode()).hexdigest()[:16]
 
 
 def merge(
@@ -104,10 +136,13 @@ def merge(
         known = {file: _shard(file) for file in files}
         ordered = sorted(files, key=lambda file: known[file]["shard"])
         _check_shards(ordered, known, parts)
-        whole = concatenate_datasets([load(str(file), None, None, None, None) for file in ordered])
-        rows = known[ordered[0]]["rows"]
-        if len(whole) != rows:
-            raise ValueError(f"the parts have {len(whole):,} rows, the source had {rows:,}: score --shard again")
+        loaded = [load(str(file), None, None, None, None) for file in ordered]
+        _check_rows(ordered, [len(part) for part in loaded], known[ordered[0]]["rows"])
+        if {file.suffix for file in ordered} <= {".json", ".jsonl"}:  # whose types are those of all parts
+            whole = load_files([str(file) for file in ordered], " ".join(parts))
+        else:
+            whole = concatenate_datasets(loaded)
+        forget(out)
         write(whole, out)
         write_text(settings_file(out), _json(known[ordered[0]]["settings"]))
         console.print(f"wrote {out}: {len(whole):,} rows of {len(files)} parts")
@@ -124,12 +159,28 @@ def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], pa
                     f"{files[0]} and {file} are not parts of one whole: their {name} are {first[name]} and "
                     f"{known[file][name]}"
                 )
+        if known[file].get("digest") != first.get("digest"):
+            raise ValueError(
+                f"{files[0]} and {file} are of other rows: was SRC changed between them? score --shard again"
+            )
+        if known[file].get("model_state") != first.get("model_state"):
+            console.print(
+                f"{files[0]} and {file}: the files of the model differ, or their times do, as those of copies"
+            )
     numbers = [known[file]["shard"] for file in files]
     for number in range(first["of"]):
         if (count := numbers.count(number)) != 1:
             raise ValueError(
                 f"{'no part' if not count else f'{count} parts'} for --shard {number}/{first['of']}; expected one"
             )
+
+
+def _check_rows(files: list[Path], found: list[int], rows: int) -> None:
+    if sum(found) != rows:
+        raise ValueError(f"the parts have {sum(found):,} rows, the source had {rows:,}: score --shard again")
+    for i, (file, number) in enumerate(zip(files, found, strict=True)):
+        if number != (due := rows * (i + 1) // len(files) - rows * i // len(files)):
+            raise ValueError(f"{file} has {number:,} rows, --shard {i}/{len(files)} has {due:,}: score it again")
 
 
 def _shard(file: Path) -> dict[str, Any]:
@@ -140,6 +191,12 @@ def _shard(file: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = json.loads(beside.read_text())
     return found
+
+
+def forget(out: Path) -> None:
+    """Delete what says what made OUT: a run that ends while OUT is written leaves nothing said of other rows."""
+    for file in (settings_file(out), shard_file(out)):
+        file.unlink(missing_ok=True)
 
 
 def keep_settings(out: Path, clear: Clear, rows: Dataset, **more: Any) -> None:

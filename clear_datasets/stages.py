@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clear_datasets.confidence import BSDetector
 from clear_datasets.decide import is_score
 from clear_datasets.files import write
+from clear_datasets.reading import explained
 from clear_datasets.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class Stages:
                 write(added, _file(folder, a, b))
                 advance(b - a, False)
         files = [_file(folder, *batch) for batch in batches]
-        added = Dataset.from_parquet([escape(os.path.abspath(file)) for file in files])
+        with explained(list(map(str, files))):
+            added = Dataset.from_parquet([escape(os.path.abspath(file)) for file in files])
         taken = rows if end - first == len(rows) else rows.select(range(first, end))
         others = taken.remove_columns([c for c in rows.column_names if c in added.column_names])
         whole = concatenate_datasets([others, added], axis=1)
@@ -67,7 +70,7 @@ class Stages:
         clear = replace(step.__self__, cache=None)  # type: ignore[attr-defined]  # where answers are kept changes none
         mark = Hasher.hash((rows._fingerprint, getattr(clear, step.__name__)))
         folder = self.folder / f"{name}-{mark}"
-        known = {int(start): int(end) for start, _, end in (f.stem.partition("-") for f in folder.glob("*.parquet"))}
+        known = dict(_whole(folder))
         batches = list(_batches(*self.part(len(rows)), known, size))
         return mark, folder, batches, [batch for batch in batches if known.get(batch[0]) != batch[1]]
 
@@ -121,6 +124,17 @@ def _batches(first: int, end: int, known: Mapping[int, int], size: int) -> Itera
         behind = known.get(first) or min([first + size, end, *(a for a in known if a > first)])
         yield first, behind
         first = behind
+
+
+def _whole(folder: Path) -> Iterator[Span]:
+    """The batches that are there; not those that a machine that lost its power has left without their rows."""
+    import pyarrow.parquet as pq
+
+    for file in folder.glob("*.parquet"):
+        start, end = map(int, file.stem.split("-"))
+        with suppress(OSError, ValueError):  # Arrow's are of both
+            if pq.read_metadata(file).num_rows == end - start:
+                yield start, end
 
 
 def _file(folder: Path, start: int, end: int) -> Path:

@@ -95,7 +95,7 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from clear_datasets.formats import infer_rows
+    from clear_datasets.formats import FormatError, infer_dataset, of_row, without_media
 
     confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)
@@ -113,10 +113,14 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
         bar = "█" * round(30 * count / max(counts.max(), 1))
         table.add_row(f"confidence {i / 10:.1f} to {(i + 1) / 10:.1f}", f"{bar} {count}")
     console.print(table)
-    form = clear.format or infer_rows(ds[:1000])
+    rows, form = without_media(ds), clear.format or infer_dataset(ds)
     least = Table("row", "confidence", "prompt ends", "target", title="least confident", title_justify="left")
     for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
-        example = form.read(ds[int(i)])
+        row = rows[int(i)]
+        try:
+            example = (clear.format or of_row(form, row)).read(row)
+        except FormatError:  # of a row that came with a score
+            continue
         prompt = example.prompt[-1]["content"]
         least.add_row(
             str(i), f"{confidence[i]:.3f}", escape(_short(prompt, last=True)), escape(_short(example.response))

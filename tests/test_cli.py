@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_from_disk
 from typer.testing import CliRunner
 
 from clear_datasets import Columns
@@ -419,3 +419,27 @@ def test_settings_are_those_of_the_rows_that_are_there(tiny, tmp_path):
     code, said = command("score", tmp_path / "rows.parquet", "-o", tmp_path / "out.jsonl", "--model", tiny, "-k", "1")
     assert (code, "JSON has no bytes: end OUT in .parquet" in said) == (1, True), said
     assert not (tmp_path / "out.jsonl.settings.json").exists()
+
+
+def test_images_beside_the_texts_are_not_decoded(tiny, tmp_path):
+    broken = [{"bytes": b"no image", "path": None}] * len(ROWS)
+    rows = Dataset.from_list(ROWS).add_column("image", broken).cast_column("image", Image())
+    rows.to_parquet(tmp_path / "rows.parquet")
+    out = tmp_path / "curated.parquet"
+    done = here("curate", tmp_path / "rows.parquet", "-o", out, "-m", tiny, "-k", "1")
+    assert done.returncode == 0, done.stderr
+    assert "least confident" in done.stderr
+    assert Dataset.from_parquet(str(out)).with_format("arrow")[0]["image"].to_pylist() == broken[:1]
+    done = here("score", tmp_path / "rows.parquet", "-o", tmp_path / "scored.jsonl", "-m", "not loaded")
+    assert (done.returncode, "column 'image' would not be read back from JSONL" in done.stderr) == (1, True)
+    pytest.importorskip("vl_convert")
+    done = here("report", out)
+    assert done.returncode == 0, done.stderr
+    assert "Where is" in (tmp_path / "curated.parquet.html").read_text(encoding="utf-8")
+
+
+def test_without_the_packages_that_train_nothing_is_scored(source, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("clear_datasets.cli.find_spec", lambda name: None)
+    done = here("curate", source, "-o", tmp_path / "out.jsonl", "-m", tiny, "--correct")
+    assert (done.returncode, '"clear-datasets[train]"' in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "clear_stages").exists()

@@ -4,14 +4,16 @@ import io
 import math
 import pickle
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clear_datasets import Chat, Clear, Columns, above, curated, decide, restore, threshold
+from clear_datasets.apply import OURS
 from tests.conftest import Scripted
 
 NAN = float("nan")
@@ -257,3 +259,19 @@ def test_a_split_without_rows_stays_one():
     assert kept["test"].to_list() == []
     with pytest.raises(ValueError, match="no column 'clear_confidence'"):
         threshold(DatasetDict(test=rows.select([])))
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets 4 gives all turns the keys of both shapes")
+def test_chats_of_two_shapes_are_replaced_and_restored_each_in_its_own():
+    turns = [("role", "content", "user", "assistant")] * 3 + [("from", "value", "human", "gpt")] * 2
+    chats = [[{r: u, c: "Who?"}, {r: a, c: f"old {i}"}] for i, (r, c, u, a) in enumerate(turns)]
+    columns = {"clear_confidence": [0.1] * 5, "clear_candidate": ["new"] * 5, "clear_preference": [0.9] * 5}
+    ds = Dataset.from_dict(
+        {"messages": chats, **columns},
+        Features({"messages": [datasets.Json()], **{name: Value(OURS[name]) for name in columns}}),
+    )
+    done = curated(ds.map(decide(0.5), batched=True))
+    for (_, content, *_), chat in zip(turns, done["messages"], strict=True):
+        assert chat[-1][content] == "new"
+    assert done["clear_original"][:] == [f"old {i}" for i in range(5)]
+    assert restore(done)["messages"][:] == chats

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Image, Value
 
 from clear_datasets import threshold
-from clear_datasets.files import check_folder, write, write_folder
+from clear_datasets.files import check_columns, check_folder, write, write_folder
 from clear_datasets.reading import load
 
 ODD = {
@@ -219,3 +219,24 @@ def test_lists_are_not_written_into_csv(tmp_path):
     ):
         write(rows(tmp_path / "a.jsonl"), tmp_path / "a.csv")
     assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_carriage_return_in_csv_ends_no_row(tmp_path):
+    wanted = {"question": ["a\rb", "c, d", "e\r\nf", None, 'say "x"'], "answer": ["007", "1\r", "2", "x", None]}
+    write(Dataset.from_dict(wanted), tmp_path / "a.csv")
+    assert rows(tmp_path / "a.csv").to_dict() == wanted
+
+
+@pytest.mark.parametrize("first", ["1,2,3,", "Who?,Ada, of course,x"])
+def test_csv_whose_first_row_has_too_many_cells_is_refused(first, tmp_path):
+    (tmp_path / "a.csv").write_text(f"question,answer,note\n{first}\n4,5,6\n")
+    with pytest.raises(ValueError, match=r"a\.csv: its first row has more cells than the 3 names"):
+        rows(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("feature", [Image(), [Value("binary")], {"price": Value("decimal128(5, 2)")}])
+def test_what_json_does_not_have_is_refused_before_it_is_written(feature, tmp_path):
+    ds = Dataset.from_dict({"question": [], "x": []}, Features({"question": Value("string"), "x": feature}))
+    with pytest.raises(ValueError, match=r"column 'x' would not be read back from JSONL: end OUT, .*, in \.parquet"):
+        check_columns(ds, tmp_path / "a.jsonl")
+    check_columns(ds, tmp_path / "a.parquet")

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import httpx
 import numpy as np
+import PIL.Image
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
@@ -23,7 +25,7 @@ from clear_datasets.engines.vllm import VLLM
 from clear_datasets.hub import _again as hub_again
 from tests.conftest import make_tiny
 from tests.hub.server import Fault, File, Repo
-from tests.test_cli import run
+from tests.test_cli import command, run
 
 pytest.importorskip("altair")
 
@@ -400,8 +402,8 @@ def test_columns_that_were_named_stay_named(hub, client, tmp_path):
     out, named = tmp_path / "curated.jsonl", ("--prompt", "q", "--response", "a")
     done = run("curate", tmp_path / "rows.jsonl", "-o", out, f"--model={model}", "--samples", "1", *named)
     assert done.returncode == 0, done.stderr
-    for command in (("report", out), ("push", out, "me/x")):
-        done = run(*command)
+    for arguments in (("report", out), ("push", out, "me/x")):
+        done = run(*arguments)
         assert done.returncode == 0, done.stderr
     assert "Where is 0?" in (tmp_path / "curated.jsonl.html").read_text()
     card = hub.text("me/x", "README.md")
@@ -426,3 +428,62 @@ def push_folder(folder: str) -> str:
     from clear_datasets.hub import push_to_hub
 
     return push_to_hub(load_from_disk(folder), "me/x", max_shard_size=100_000_000)
+
+
+def test_a_card_that_cannot_be_read_is_not_replaced(hub, client):
+    client(push, decided())
+    before = hub.text("me/x", "README.md")
+    hub.faults.append(Fault("HEAD", "/datasets/me/x/resolve/.*README", 10_000, 403))
+    with pytest.raises(Exception, match="locate the file on the Hub"):
+        client(push, decided(6))
+    assert hub.text("me/x", "README.md") == before
+    assert len(hub.repos["me/x"].messages) == 2  # of the first push
+
+
+def push_images(folder: str) -> str:
+    """Rows with images of other files, and how many files they come in."""
+    from datasets import Image
+
+    names = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+    rows = decided(len(names)).add_column("image", names).cast_column("image", Image())
+    return push(rows, max_shard_size=1_000_000)
+
+
+def test_images_count_in_the_size_of_a_file(hub, client, tmp_path):
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 255, (400, 400, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")  # of 480 kB
+    client(push_images, str(tmp_path))
+    assert sum("audit/" in name for name in hub.files("me/x")) == 3
+    found = client(load, config="audit")["train"]
+    assert [image.size for image in found["image"]] == [(400, 400)] * 6
+
+
+def test_settings_of_a_push_are_without_folders_of_this_machine(hub, client):
+    settings = {"data": "/home/ann/rows.jsonl", "command": "clear x /home/ann/rows.jsonl --writer='/home/ann/w' -k 1/2"}
+    client(push, decided(), settings=settings)
+    card = hub.text("me/x", "README.md")
+    assert "clear x rows.jsonl --writer='w' -k 1/2" in card
+    assert "| data | rows.jsonl |" in card
+    assert "/home" not in card
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("no route"), RuntimeError("xet: no route")])
+def test_a_push_that_is_out_of_reach_ends_in_one_line(error, tmp_path, monkeypatch):
+    out = tmp_path / "curated.parquet"
+    rows = decided()
+    rows.to_parquet(tmp_path / "curated.parquet.audit.parquet")
+    curated(rows).to_parquet(out)
+    code, said = command("push", out, "me/x")
+    assert (code, "has no curated.parquet.settings.json beside it, which curate writes last" in said) == (1, True), said
+    (tmp_path / "curated.parquet.settings.json").write_text("{}")
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("clear_datasets.hub.push_to_hub", fail)
+    code, said = command("push", out, "me/x")
+    assert (code, "the push broke off (" in said, "Traceback" in said) == (1, True, False), said
+    curated(rows).select(range(3)).to_parquet(out)
+    code, said = command("push", out, "me/x")
+    assert (code, "has 3 rows, and curated.parquet.audit.parquet keeps 7" in said) == (1, True), said

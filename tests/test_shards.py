@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from clear_datasets import Clear, decide, threshold
-from clear_datasets.files import write_folder
+from clear_datasets.files import write, write_folder
 from clear_datasets.reading import load
 from clear_datasets.stages import Stages, train_writer
 from tests.test_cli import ROWS, command, run, tiny  # noqa: F401 - a fixture
@@ -104,6 +104,7 @@ def test_scores_are_not_written_where_decisions_are(parts, tiny):  # noqa: F811
         (lambda p: edit(p / "part-b.parquet.shard.json", settings={"model": "m"}), "are not parts of one whole"),
         (lambda p: edit(p / "part-b.parquet.shard.json", rows=8), "their rows are"),
         (lambda p: [edit(p / f"part-{n}.parquet.shard.json", rows=8) for n in "abc"], "have 9 rows, the source had 8"),
+        (lambda p: shorter(p / "part-b.parquet", p / "part-c.parquet"), "part-c.parquet has 4 rows, --shard 0/3 has 3"),
     ],
 )  # fmt: skip
 def test_what_is_not_one_whole_is_refused(change, message, parts):
@@ -111,6 +112,65 @@ def test_what_is_not_one_whole_is_refused(change, message, parts):
     code, said = command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
     assert (code, message in said) == (1, True), said
     assert not (parts / "joined.parquet").exists()
+
+
+def shorter(less: Path, more: Path) -> None:
+    """A row of one part in another."""
+    one, other = (Dataset.from_parquet(str(file)) for file in (less, more))
+    write(concatenate_datasets([other, one.select([0])]), more)
+    write(one.select([1, 2]), less)
+
+
+def test_parts_of_rows_that_changed_in_between_are_refused(parts, tiny):  # noqa: F811
+    (parts / "train.jsonl").write_text("\n".join(map(json.dumps, reversed(ROWS))))
+    code, said = command("score", parts / "train.jsonl", "-o", parts / "part-b.parquet", "-m", tiny, "-k", "1",
+                         "--shard", "1/3")  # fmt: skip
+    assert code == 0, said
+    code, said = command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
+    assert (code, "are of other rows: was SRC changed between them?" in said) == (1, True), said
+
+
+def test_parts_of_a_model_that_changed_in_between_are_told(parts):
+    edit(parts / "part-b.parquet.shard.json", model_state="other")
+    code, said = command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
+    assert code == 0, said
+    assert "the files of the model differ, or their times do" in " ".join(said.split())
+
+
+def test_a_part_says_nothing_of_rows_that_could_not_be_written(parts, tiny, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("datasets.Dataset.to_parquet", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    out = parts / "part-b.parquet"
+    before = out.read_bytes()
+    code, said = command("score", parts / "train.jsonl", "-o", out, "-m", tiny, "-k", "1", "--shard", "2/3")
+    assert (code, "disk full" in said) == (1, True), said
+    assert out.read_bytes() == before
+    code, said = command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
+    assert (code, "part-b.parquet.shard.json is not there" in said) == (1, True), said
+
+
+def test_parts_in_json_whose_types_differ_are_one_whole(parts):
+    for name, talk in zip("cba", [[{"role": "user"}], None, [{"role": "user", "tool": {"x": 1}}]], strict=True):
+        file = parts / f"part-{name}.jsonl"
+        rows = Dataset.from_parquet(str(parts / f"part-{name}.parquet")).to_list()
+        file.write_text("\n".join(json.dumps({**row, "n": 1 if name == "c" else 0.5, "talk": talk}) for row in rows))
+        shutil.copy(parts / f"part-{name}.parquet.shard.json", f"{file}.shard.json")
+    code, said = command("merge", parts / "part-*.jsonl", "-o", parts / "joined.jsonl")
+    assert code == 0, said
+    joined = [json.loads(line) for line in (parts / "joined.jsonl").read_text().splitlines()]
+    assert [{k: r[k] for k in ROWS[0]} for r in joined] == ROWS
+    assert [r["n"] for r in joined[::3]] == [1, 0.5, 0.5]
+    assert joined[8]["talk"][0]["tool"] == {"x": 1}
+
+
+def test_a_batch_that_lost_its_rows_is_scored_again(parts, tiny):  # noqa: F811
+    whole = (parts / "whole.parquet").read_bytes()
+    (batch,) = (parts / "clear_stages").glob("score-*/000000003-000000006.parquet")
+    for rest in (b"", batch.read_bytes()[:100]):
+        batch.write_bytes(rest)
+        code, said = command("score", parts / "train.jsonl", "-o", parts / "whole.parquet", "-m", tiny, "-k", "1")
+        assert code == 0, said
+        assert "6 from an earlier run" in said
+        assert (parts / "whole.parquet").read_bytes() == whole
 
 
 def edit(file: Path, **values: object) -> None:

@@ -154,11 +154,11 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
+        connection.execute("COMMIT")  # which may fail, too, while another process reads: no lock is left behind
     except BaseException:
         with suppress(sqlite3.OperationalError):  # a full disk has ended it already
             connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def _what_is_wrong(connection: sqlite3.Connection) -> str:

@@ -24,6 +24,7 @@ from clear_datasets import BSDetector, Clear, Embedding, Jaccard, decide, thresh
 from clear_datasets.engines import Answers, Asks, Messages, PromptError
 from clear_datasets.engines.cache import COUNTS, Cached, close_stores, store_of
 from clear_datasets.engines.checkpoint import commit_of
+from clear_datasets.engines.database import transaction
 from clear_datasets.engines.store import NAME, Store
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
@@ -417,3 +418,16 @@ def test_it_is_said_once_that_answers_are_known(asked, caplog, monkeypatch):
     for _ in range(2):
         replace(clear, confidence=BSDetector(k=5)).score(ROWS)
     assert caplog.text.count("160 of 180 answers are known from") == 1
+
+
+def test_a_commit_that_fails_leaves_no_lock_behind(tmp_path):
+    writer, reader = (sqlite3.connect(tmp_path / "a.sqlite", isolation_level=None, timeout=0) for _ in range(2))
+    writer.execute("CREATE TABLE t (x)")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM t").fetchall()
+    with pytest.raises(sqlite3.OperationalError, match="locked"), transaction(writer):
+        writer.execute("INSERT INTO t VALUES (1)")
+    reader.execute("COMMIT")
+    with transaction(writer):
+        writer.execute("INSERT INTO t VALUES (2)")
+    assert reader.execute("SELECT x FROM t").fetchall() == [(2,)]
