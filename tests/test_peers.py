@@ -12,10 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def command(out: Path, *methods: str, rows: int = 400) -> list[str]:
+    first = [sys.executable, "scripts/benchmark_peers.py", "--model", "any", "--task", "squad_wrong_sentence"]
+    return [*first, "--rows", str(rows), "--block", "150", "--methods", *methods, "--out", str(out)]
+
+
 def compare(out: Path, *methods: str, rows: int = 400) -> dict[str, dict]:
-    command = [sys.executable, "scripts/benchmark_peers.py", "--model", "any", "--task", "squad_wrong_sentence"]
-    command += ["--rows", str(rows), "--block", "150", "--methods", *methods, "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command(out, *methods, rows=rows), cwd=ROOT, check=True)
     (entry,) = json.loads(out.read_text())
     assert (entry["rows"], entry["good"].count(0)) == (400, entry["wrong"])
     return entry["methods"]
@@ -35,6 +38,16 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     assert again["length"]["summary"] == told["length"]["summary"]
     compare(out, "length", "random")
     assert json.loads(out.read_text())[0]["methods"] == again  # all was there
+
+
+def test_rows_of_other_settings_do_not_go_into_one_figure(tmp_path):
+    out = tmp_path / "peers.json"
+    before = compare(out, "length", rows=100)
+    other = [*command(out, "length"), "--concurrency", "8"]
+    done = subprocess.run(other, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "has rows of length with " in done.stderr
+    assert json.loads(out.read_text())[0]["methods"] == before
 
 
 @pytest.fixture
