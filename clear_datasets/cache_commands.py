@@ -34,7 +34,8 @@ def info(folder: _Folder = None) -> None:
 
 @app.command()
 def prune(
-    older_than: Annotated[str, typer.Option(help="Not used for so long: 12h, 30d, 8w.")], folder: _Folder = None
+    older_than: Annotated[str, typer.Option(help="Not used for so long, to the hour: 12h, 30d, 8w.")],
+    folder: _Folder = None,
 ) -> None:
     """Delete answers that were not used for a while."""
     from clear_datasets.engines.cache import store_of

@@ -28,9 +28,12 @@ def threshold(
 ) -> float:
     """The gamma above which a share `keep` of the scored rows lies: 0.5 gives the median, as in the CLEAR paper.
 
-    Rows that could not be scored (nan) do not count. Rows that tie with gamma are not above it, so fewer than asked may
-    be kept, never more. The splits of a DatasetDict share one gamma. A stream is read to its end once, which scores it;
-    of its rows eight bytes each stay in memory. When it is read again, its answers come from the cache.
+    Of n scored rows ``round(keep * n)`` lie above it, fewer where rows tie, as those that tie with gamma do not; it is
+    the middle between the last of them and the next row. Halves are rounded to the even number: of an odd number of
+    rows 0.5 keeps the row in the middle where that makes the kept ones even (2 of 3, 2 of 5, 4 of 7), so that gamma is
+    beside the median. Rows that could not be scored (nan) do not count. The splits of a DatasetDict share one gamma. A
+    stream is read to its end once, which scores it; three numbers of each of its rows stay in memory, 24 bytes. When it
+    is read again, its answers come from the cache.
 
     Args:
         ds: A scored dataset, or a stream that is scored as it is read.

@@ -43,7 +43,8 @@ def score(
 ) -> Dataset:
     """`Clear.score` on all rows, by replicas of the model that Ray places on the GPUs it has.
 
-    The columns, and the order of the rows, are those of ``ds.map(clear.score, batched=True)``. Each batch is written
+    The columns, and the order of the rows, are those of ``ds.map(clear.score, batched=True)`` with all samples:
+    ``adaptive=True`` is left out, with a warning, as the batches are kept for any threshold. Each batch is written
     into `folder` as soon as it is there: the same call goes on from these, after the process, a worker or the head of
     the cluster was killed. A worker that dies is replaced, and its batch done anew; what it had asked is in the cache
     of answers of its machine.
@@ -73,6 +74,12 @@ def score(
         >>> scored = score("data/*.parquet", Clear("Qwen/Qwen2.5-7B-Instruct"), replicas=8)  # doctest: +SKIP
     """
     rows, stages = _prepared(ds, replicas, gpus_per_replica, address, folder, batch_size, out)
+    if clear.adaptive and clear.gamma is not None:
+        warnings.warn(
+            "adaptive=True is left out: here every row gets all its samples, as batches are kept for any threshold; "
+            "ds.map(clear.score, batched=True) stops rows early",
+            stacklevel=2,
+        )
     return _written(stages.score(rows, clear), out)
 
 

@@ -25,7 +25,7 @@ _NUMBER = r"[0-9](?:[0-9.,]*[0-9])?"
 
 
 def wrong_sentence(
-    ds: Dataset, fraction: float = 0.2, seed: int = 0, *, context: str = "context", format: Format | None = None
+    ds: Dataset, fraction: float = 0.2, seed: int = 0, *, context: str | None = None, format: Format | None = None
 ) -> Dataset:
     """Replace targets by a sentence of the row's own passage that does not hold the target (SQuAD-N and DROP-N).
 
@@ -35,7 +35,7 @@ def wrong_sentence(
         ds: Clean rows.
         fraction: Share of all rows to make wrong, in [0, 1].
         seed: Seed of the choice of rows and sentences.
-        context: Column of the passage.
+        context: Column of the passage; by default that of the format, else "context".
         format: How to read a row; inferred from the columns by default.
 
     Returns:
@@ -54,7 +54,7 @@ def wrong_sentence(
     References:
         Chen and Mueller 2024, arXiv 2403.12776 (experiments).
     """
-    passages, targets = ds[context], _targets(ds, format)
+    passages, targets = _passages(ds, context, format), _targets(ds, format)
 
     def wrong(i: int) -> list[str]:
         sentences = (s.strip() for s in re.split(r"(?<=[.!?])\s+", passages[i] or ""))
@@ -64,7 +64,7 @@ def wrong_sentence(
 
 
 def other_answer(
-    ds: Dataset, fraction: float = 0.2, seed: int = 0, *, context: str = "context", format: Format | None = None
+    ds: Dataset, fraction: float = 0.2, seed: int = 0, *, context: str | None = None, format: Format | None = None
 ) -> Dataset:
     """Replace targets by the target of another row on the same passage: right in form and length, wrong in content.
 
@@ -72,7 +72,7 @@ def other_answer(
         ds: Clean rows, some of which share a passage.
         fraction: Share of all rows to make wrong, in [0, 1].
         seed: Seed of the choice of rows and answers.
-        context: Column of the passage.
+        context: Column of the passage; by default that of the format, else "context".
         format: How to read a row; inferred from the columns by default.
 
     Returns:
@@ -81,11 +81,10 @@ def other_answer(
     Raises:
         ValueError: Fewer rows can be made wrong than are to be.
     """
-    targets = _targets(ds, format)
+    passages, targets = _passages(ds, context, format), _targets(ds, format)
     beside: dict[str, list[str]] = {}
-    for passage, target in zip(ds[context], targets, strict=True):
+    for passage, target in zip(passages, targets, strict=True):
         beside.setdefault(passage, []).append(target)
-    passages = ds[context]
 
     def wrong(i: int) -> list[str]:
         mine = _plain(targets[i])
@@ -217,6 +216,11 @@ MAKERS = {m.__name__: m for m in (wrong_sentence, other_answer, swap, truncate, 
 def _targets(ds: Dataset, format: Format | None) -> list[str]:
     read = (format or infer_dataset(ds)).read
     return [read(row).response for row in without_media(ds)]
+
+
+def _passages(ds: Dataset, context: str | None, format: Format | None) -> Sequence[str]:
+    passages: Sequence[str] = ds[context or getattr(format or infer_rows(ds[:1000]), "context", None) or "context"]
+    return passages
 
 
 def _replace(ds: Dataset, name: str, wrong: _Wrong, fraction: float, seed: int, format: Format | None) -> Dataset:

@@ -60,9 +60,11 @@ Context = Annotated[str | None, typer.Option(help="Column of a passage that goes
 System = Annotated[str | None, typer.Option(help="Column of the system message; '' for none.")]
 Samples = Annotated[int, typer.Option("--samples", "-k", min=1, help="Samples a row.")]
 Math = Annotated[bool, typer.Option("--math", help="Targets are solutions that end in a result: it alone is compared.")]
-Cache = Annotated[
-    bool, typer.Option("--cache/--no-cache", help="Take answers that were paid for before, and keep new ones.")
-]
+_ANSWERS = (
+    "Take answers that were paid for before, and keep new ones. Batches of score and curate (clear_stages) are taken "
+    "and kept either way."
+)
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help=_ANSWERS)]
 Replicas = Annotated[
     str | None, typer.Option(metavar="N", help="Engines on the GPUs of a Ray cluster: a number, or auto for all GPUs.")
 ]

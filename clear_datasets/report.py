@@ -42,8 +42,10 @@ def plot(ds: Dataset, gamma: float | None = None) -> altair.LayerChart:
 
     Raises:
         ImportError: altair is not installed.
+        TypeError: `ds` has several splits.
         ValueError: The rows have no scores.
     """
+    _check_one(ds, "plot(ds[{!r}])")
     try:
         import altair as alt
     except ImportError as error:
@@ -119,8 +121,10 @@ def report(
 
     Raises:
         ImportError: vl-convert-python is not installed.
+        TypeError: `ds` has several splits.
         ValueError: The rows have no scores.
     """
+    _check_one(ds, "report(ds[{!r}], ...)")
     try:
         import vl_convert
     except ImportError as error:
@@ -164,6 +168,12 @@ def report(
     )
     write_text(Path(out), whole)
     return os.fspath(out)
+
+
+def _check_one(ds: Any, call: str) -> None:
+    if isinstance(ds, Mapping):
+        names = [str(name) for name in ds] or ["train"]
+        raise TypeError(f"got a {type(ds).__name__} of {', '.join(names)}; expected one split: {call.format(names[0])}")
 
 
 def _numbers(rows: Dataset, name: str) -> npt.NDArray[np.float32]:

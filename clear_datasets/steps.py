@@ -98,13 +98,13 @@ class Clear:
 
         Args:
             writer: A LoRA adapter or a checkpoint, as a local folder or Hub id; a server's name for it with `OpenAI`.
-            gamma: Rows whose confidence is at or below it get a candidate; None for all.
+            gamma: Rows whose confidence is at or below it get a candidate; by default as here, where None is all rows.
 
         Examples:
             >>> Clear("m").with_writer("out/adapter", gamma=0.4).writer
             'out/adapter'
         """
-        return replace(self, writer=os.fspath(writer), gamma=gamma)
+        return replace(self, writer=os.fspath(writer), gamma=self.gamma if gamma is None else gamma)
 
     @property
     def judge(self) -> Preference:

@@ -48,6 +48,8 @@ def run(tmp_path, hub):
     rows = [{k: row[k] for k in ("context", "question", "answer")} for row in map(json.loads, lines)]
     text = "".join(json.dumps({**row, "options": ["yes", "no"]}) + "\n" for row in rows)
     (tmp_path / "train.jsonl").write_text(text)
+    named = "".join(json.dumps({"q": r["question"], "a": r["answer"], "persona": ""}) + "\n" for r in rows)
+    (tmp_path / "mine.jsonl").write_text(named)
     (tmp_path / "run.py").write_text(RUN)
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     settings |= {"HF_HOME": "home", "CLEAR_MODEL": "Qwen/Qwen2.5-7B-Instruct", "PYTHONWARNINGS": "ignore"}

@@ -139,6 +139,16 @@ def test_noise_that_the_rows_do_not_allow_is_left_out():
     assert calibrate(Clear(engine=Scripted(answers=KNOWS), format=form), named, noise=["swap"]).gamma > 0
 
 
+def test_a_passage_of_another_name_gets_its_noise():
+    passages = [f"Nothing is known of {i} there. {row['answer']}." for i, row in enumerate(ROWS)]
+    named = Dataset.from_dict({"q": ROWS["question"], "a": ROWS["answer"], "passage": passages})
+    clear = Clear(engine=Scripted(answers=KNOWS), format=Columns("q", "a", context="passage"))
+    found = calibrate(clear, named, noise=["wrong_sentence"], rows=N)
+    wrong = {row["a"] for row in found.rows if row["noise"]}
+    assert len(wrong) == N // 5
+    assert all(text.startswith("Nothing is known of") for text in wrong)
+
+
 def test_an_estimator_that_scores_few_rows_is_not_taken_for_a_good_one():
     def few(pairs, engine):
         return np.array([float(a == b) if "thing1" in a else np.nan for a, b in pairs], dtype=np.float32)

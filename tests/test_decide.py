@@ -44,6 +44,8 @@ def test_threshold_keeps_the_share_asked_and_only_ties_make_it_fewer(values, kee
 
 def test_the_default_threshold_is_the_median():
     assert threshold(scored([0.25, 0.75, 0.5, 1.0, NAN])) == 0.625
+    odd = {n: threshold(scored([i / 8 for i in range(n)])) for n in (3, 5, 7)}
+    assert odd == {3: 0.5 / 8, 5: 2.5 / 8, 7: 2.5 / 8}  # beside it: 2 of 3 are kept, 2 of 5, 4 of 7
     splits = DatasetDict(train=scored([0.0, 0.25]), test=scored([0.5, 1.0]))
     assert threshold(splits) == 0.375
     assert threshold(IterableDatasetDict({name: part.to_iterable_dataset() for name, part in splits.items()})) == 0.375

@@ -115,6 +115,13 @@ def test_rows_come_in_order_from_and_to_files_and_what_is_done_is_not_asked_agai
     assert answered(tmp_path) == asked
 
 
+def test_adaptive_sampling_is_left_out_and_said_to_be(tmp_path, wanted):
+    clear = Clear(engine=Working(folder=str(tmp_path)), cache=False, gamma=0.6, adaptive=True)
+    with pytest.warns(UserWarning, match="adaptive=True is left out"):
+        found = distributed.score(ROWS, clear, replicas=2, batch_size=20, folder=tmp_path / "stages")
+    np.testing.assert_equal(found.to_list(), wanted)
+
+
 def test_candidates_and_preferences_are_those_of_map(tmp_path, wanted):
     clear = Clear(engine=Working(folder=str(tmp_path)), cache=False)
     scored = Dataset.from_list(wanted)

@@ -6,7 +6,7 @@ import re
 import pytest
 from datasets import Dataset
 
-from clear_datasets import noise
+from clear_datasets import Columns, noise
 
 PASSAGES = [
     f"River {i} is long and wide. It rises in valley {i} of the Alps. Nobody at all swims in it." for i in range(20)
@@ -52,6 +52,16 @@ def test_wrong_sentences_come_from_the_passage_and_lack_the_answer():
     for row in noise.wrong_sentence(SQUAD, fraction=1):
         assert row["answer"] in row["context"]
         assert row["noise_original"].lower() not in row["answer"].lower()
+
+
+def test_the_passage_is_the_column_of_the_format():
+    form = Columns("q", "a", context="passage")
+    named = SQUAD.rename_columns({"context": "passage", "question": "q", "answer": "a"})
+    for make in (noise.wrong_sentence, noise.other_answer):
+        wanted = make(SQUAD, fraction=0.5)["answer"][:]
+        assert make(named, fraction=0.5, format=form)["a"][:] == wanted
+        assert make(named, fraction=0.5, format=Columns("q", "a"), context="passage")["a"][:] == wanted
+        assert make(named.rename_column("passage", "context"), 0.5, format=Columns("q", "a"))["a"][:] == wanted
 
 
 def test_other_answers_are_answers_on_the_same_passage():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from clear_datasets import Clear, decide
 from clear_datasets.calibrate import Calibration, Threshold
@@ -263,6 +263,15 @@ def test_rows_without_candidates_and_without_a_known_format(opened):
     assert page.inner_text("#counts").startswith("2 kept")
     with pytest.raises(ValueError, match="no column 'clear_confidence'"):
         report(rows.remove_columns("clear_confidence"), "unused.html")
+
+
+@pytest.mark.parametrize("show", [report, plot])
+def test_several_splits_are_refused_with_the_call_for_one(show, tmp_path):
+    splits = DatasetDict(train=judged(3), test=judged(3))
+    with pytest.raises(
+        TypeError, match=rf"DatasetDict of train, test; expected one split: {show.__name__}\(ds\['train'"
+    ):
+        show(splits, tmp_path / "report.html")
 
 
 def test_100_000_rows_open_in_3_seconds(opened):

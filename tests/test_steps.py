@@ -219,6 +219,9 @@ def test_candidates_are_proposed_for_rows_at_or_below_gamma_and_judged_by_the_ba
     assert proposed.features["clear_agreed"] == Value("bool")
     errors = ["", "", "", "no candidate: the prompt has 74 characters, the limit is 30", "", rows["clear_error"][5]]
     assert proposed["clear_error"][:] == errors
+    known = Clear(engine=engine, gamma=0.5).with_writer("the Alps")  # which keeps the threshold that is there
+    assert ds.map(known.propose, batched=True)["clear_candidate"][:] == proposed["clear_candidate"][:]
+    assert known.with_writer("the Alps", gamma=0.1).gamma == 0.1
     everything = Dataset.from_dict(rows).map(Clear(engine=engine).with_writer("the Alps").propose, batched=True)
     assert everything["clear_candidate"][:] == ["the Alps", "the Alps", "", "", "the Alps", ""]
     other = proposed.map(clear.with_writer("the Andes", gamma=0.5).propose, batched=True)  # it reads longer prompts

@@ -14,7 +14,7 @@ from clear_datasets.engines.database import Database, transaction
 
 NAME = "answers.sqlite"
 _KEYS = 500  # looked up in one statement
-_DAY = 24 * 3600  # when an answer was used is known to the day: a look-up writes once a day at most
+_HOUR = 3600  # when an answer was used is known to the hour: look-ups write once an hour at most
 _GIB = 1 << 30
 _HELD = 50_000  # answers that wait in memory for a disk that takes nothing
 _CHECKED = 64 << 20  # bytes that are written between two looks at the size
@@ -74,15 +74,15 @@ class Store:
 
         def look(connection: sqlite3.Connection) -> None:
             found.clear()
-            today, old = int(time.time()), []
+            now, old = int(time.time()), []
             for start in range(0, len(wanted), _KEYS):
                 part = wanted[start : start + _KEYS]
                 marks = ",".join("?" * len(part))
                 rows = connection.execute(f"SELECT key, number, value, used FROM answers WHERE key IN ({marks})", part)
                 for key, number, value, used in rows:
                     found.setdefault(key, {})[number] = value
-                    if today - used > _DAY:
-                        old.append((today, key, number))
+                    if now - used > _HOUR:
+                        old.append((now, key, number))
             if old and not self.database.read_only:
                 with suppress(sqlite3.OperationalError), transaction(connection):  # found is found
                     connection.executemany("UPDATE answers SET used = ? WHERE key = ? AND number = ?", old)
@@ -133,7 +133,8 @@ class Store:
 
         def delete(connection: sqlite3.Connection) -> int:
             with transaction(connection):
-                where, values = ("", ()) if before is None else (" WHERE used < ?", (before,))
+                # Up to an hour may lie between the last use and the last one that was noted.
+                where, values = ("", ()) if before is None else (" WHERE used < ?", (before - _HOUR,))
                 gone = connection.execute(f"DELETE FROM answers{where}", values).rowcount
             self._shrink(connection)
             return int(gone)

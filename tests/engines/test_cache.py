@@ -362,6 +362,19 @@ def test_the_command_line_shows_and_deletes(asked, answers):
     assert asked["samples"] == 100
 
 
+def test_prune_leaves_what_was_used_within_the_time(tmp_path, monkeypatch):
+    store, now = Store(tmp_path), time.time()
+    used = {b"twice": (13, 11), b"twice within an hour": (12.5, 11.75), b"once": (13.1,)}  # hours ago
+    for key, times in used.items():
+        for ago in times:
+            monkeypatch.setattr(time, "time", lambda ago=ago: now - 3600 * ago)
+            store.get([key])
+            store.put([(key, 0, b"#")])
+    store.close()
+    assert "deleted 1 answers" in run("cache", "prune", "--older-than", "12h", "--folder", tmp_path).stdout
+    assert set(Store(tmp_path).get(used)) == {b"twice", b"twice within an hour"}
+
+
 def write_much(folder: Any, seed: int) -> int:
     store = Store(folder)
     for i in range(50):
