@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from clear_datasets.decide import is_empty
+from clear_datasets.decide import DECISIONS_REVISION, is_empty
 from clear_datasets.formats import Format, FormatError, RowOf, infer_rows, of_row
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _splits(ds: Any, change: Callable[[Any], Any]) -> Any:
 @dataclass(frozen=True)
 class _Replace:
     format: Format | None
+    revision: int = DECISIONS_REVISION
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         if "clear_candidate" not in batch:  # of a stream that did not tell
@@ -132,6 +133,7 @@ class _Replace:
 @dataclass(frozen=True)
 class _Restore:
     format: Format | None
+    revision: int = DECISIONS_REVISION
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         if "clear_original" not in batch:

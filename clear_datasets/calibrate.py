@@ -12,7 +12,7 @@ import numpy.typing as npt
 from clear_datasets import noise as makers
 from clear_datasets.apply import OURS
 from clear_datasets.confidence import BSDetector, Confidence
-from clear_datasets.formats import Format, FormatError, infer
+from clear_datasets.formats import Format, FormatError, infer, without_media
 from clear_datasets.intervals import FEW, Interval, auroc_of_all, bootstrap, interval, rarer, share
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def calibrate(
     form = clear.format or infer(ds.features)
     notes: list[str] = []
     sample = _noisy(_readable(ds, form, rows, seed, notes), noise, fraction, seed, form, notes)
-    examples, good = [form.read(row) for row in sample], np.array([not kind for kind in sample["noise"]])
+    examples, good = [form.read(row) for row in without_media(sample)], np.array([not kind for kind in sample["noise"]])
     if good.all() or not good.any():
         raise ValueError(f"{len(good)} rows with fraction={fraction} have {(~good).sum()} wrong ones: take more rows")
     engine = clear._base(None)
@@ -144,7 +144,7 @@ def _readable(ds: Dataset, form: Format, rows: int, seed: int, notes: list[str])
     sample = ds.with_format(None).remove_columns([name for name in ds.column_names if name in OURS])
     sample = sample.shuffle(seed=seed).select(range(min(rows, len(ds))))
     reasons: dict[int, str] = {}
-    for i, row in enumerate(sample):
+    for i, row in enumerate(without_media(sample)):
         try:
             form.read(row)
         except FormatError as error:

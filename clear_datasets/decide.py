@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Failed = Literal["keep", "drop", "raise"]
 _FAILED = ("keep", "drop", "raise")
 BOUNDS = ("clear_least", "clear_most")
+DECISIONS_REVISION = 1  # raised whenever equal settings decide, or apply a decision, otherwise than before
 
 
 def threshold(
@@ -189,8 +190,10 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
     gamma: float
     failed: Failed = "keep"
     column: str = "clear_confidence"
+    revision: int = field(default=DECISIONS_REVISION, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "revision", DECISIONS_REVISION)  # into the pickled state: ds.map sees no code
         if self.failed not in _FAILED:
             raise ValueError(f"failed is {self.failed!r}; expected one of {', '.join(_FAILED)}")
 

@@ -219,7 +219,7 @@ def _targets(ds: Dataset, format: Format | None) -> list[str]:
 
 
 def _passages(ds: Dataset, context: str | None, format: Format | None) -> Sequence[str]:
-    passages: Sequence[str] = ds[context or getattr(format or infer_rows(ds[:1000]), "context", None) or "context"]
+    passages: Sequence[str] = ds[context or getattr(format or infer_dataset(ds), "context", None) or "context"]
     return passages
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import sys
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict, Value
+from datasets.fingerprint import Hasher
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -277,3 +279,11 @@ def test_chats_of_two_shapes_are_replaced_and_restored_each_in_its_own():
         assert chat[-1][content] == "new"
     assert done["clear_original"][:] == [f"old {i}" for i in range(5)]
     assert restore(done)["messages"][:] == chats
+
+
+def test_decisions_of_an_older_release_are_not_taken_from_a_cache(monkeypatch):
+    steps = (above(0.5), decide(0.5))
+    before = [Hasher.hash(step) for step in steps]
+    assert before == [Hasher.hash(step) for step in (above(0.5), decide(0.5))]
+    monkeypatch.setattr(sys.modules["clear_datasets.decide"], "DECISIONS_REVISION", 0)
+    assert not set(before) & {Hasher.hash(step) for step in (above(0.5), decide(0.5))}
