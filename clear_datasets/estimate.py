@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import Answers, Asks, Engine, Queued, default_engine
-from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.chats import Chats, tokenizer_of
 from clear_datasets.engines.checkpoint import source_of
 
 if TYPE_CHECKING:
@@ -71,13 +71,10 @@ def estimate(
     Raises:
         ValueError: None of the probe's rows can be scored.
     """
-    from transformers import AutoTokenizer
-
     from clear_datasets import above, threshold
 
     sample = rows.with_format(None).shuffle(seed=0).select(range(min(probe, len(rows))))
-    tokenizer = AutoTokenizer.from_pretrained(source_of(clear.model), revision=clear.revision, trust_remote_code=False)
-    chats = Chats.of(tokenizer, sys.maxsize, None)
+    chats = Chats.of(tokenizer_of(source_of(clear.model), clear.revision), sys.maxsize, None)
     engine = Metered(clear.engine or default_engine(clear.model, clear.revision), chats)
     base, scale = replace(clear, engine=engine, writer=None, cache=False), len(rows) / len(sample)
 

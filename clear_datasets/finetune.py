@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clear_datasets.encoders import close_encoders
 from clear_datasets.engines import PromptError
-from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.chats import Chats, tokenizer_of
 from clear_datasets.engines.checkpoint import best_device, fast_dtype, source_of, stamp, stated_ends, unload
 from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
 
@@ -75,7 +76,6 @@ def finetune(
     except ImportError as error:
         raise ImportError(f'fine-tuning needs trl and peft ({error}): pip install "clear-datasets[train]"') from error
     import torch
-    from transformers import AutoTokenizer
 
     if taken := sorted({"output_dir", "completion_only_loss"} & set(options)):
         raise ValueError(
@@ -87,7 +87,7 @@ def finetune(
     trust = bool(options.get("trust_remote_code"))
     on_cpu, on_cuda = device == "cpu", device == "cuda"  # of a third kind, "mps", torch.cuda tells nothing
     source = source_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    tokenizer = tokenizer_of(source, revision, trust)
     rows = _tokens(ds, format, tokenizer, source, revision, trust)
     loading = {"revision": revision, "dtype": "float32" if lora is None or on_cpu else "auto"}
     settings = {
@@ -137,6 +137,7 @@ def finetune(
 
 def _close_engines() -> None:
     unload()
+    close_encoders()
     if "clear_datasets.engines.vllm_process" in sys.modules:  # which needs vLLM
         sys.modules["clear_datasets.engines.vllm_process"].close_all()
     gc.collect()

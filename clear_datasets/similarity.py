@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol
 
@@ -17,9 +15,10 @@ import numpy.typing as npt
 
 from clear_datasets import prompts
 from clear_datasets.asking import ask
+from clear_datasets.encoders import encoder_of
 from clear_datasets.engines import Asks, Engine
 from clear_datasets.engines.cache import Cached
-from clear_datasets.engines.checkpoint import after_fork, best_device, commit_of, loading, stamp
+from clear_datasets.engines.checkpoint import commit_of, stamp
 
 Pairs = Sequence[tuple[str, str]]
 Scores = npt.NDArray[np.float32]
@@ -183,7 +182,7 @@ class NLI:
 
     def _agree(self, pairs: Pairs) -> list[float]:
         """One minus the probability that the second text contradicts the first."""
-        encoder = _encoder(self.model, self.revision, self.device, "AutoModelForSequenceClassification")
+        encoder = encoder_of(self.model, self.revision, self.device, "AutoModelForSequenceClassification")
         names = {str(name).lower(): int(i) for i, name in encoder.model.config.id2label.items()}
         found = [i for name, i in names.items() if "contradict" in name]
         if len(found) != 1:
@@ -191,12 +190,13 @@ class NLI:
                 f"{self.model} has the labels {', '.join(names)}; NLI needs one named contradiction: "
                 "give a checkpoint trained on MNLI, or set id2label in its config"
             )
-        agree: list[float] = []
-        for start in range(0, len(pairs), self.batch_size):
-            part = pairs[start : start + self.batch_size]
+
+        def read(part: Pairs) -> list[float]:
             logits = encoder([a for a, _ in part], [b for _, b in part]).logits.float()
-            agree += (1 - logits.softmax(-1)[:, found[0]]).tolist()
-        return agree
+            agree: list[float] = (1 - logits.softmax(-1)[:, found[0]]).tolist()
+            return agree
+
+        return encoder.in_parts(pairs, self.batch_size, read)
 
 
 @dataclass(frozen=True)
@@ -224,15 +224,16 @@ class Embedding:
         return np.asarray([cosine[pair] for pair in pairs], dtype=np.float32)
 
     def _cosine(self, pairs: Pairs) -> list[float]:
-        encoder = _encoder(self.model, self.revision, self.device, "AutoModel")
+        encoder = encoder_of(self.model, self.revision, self.device, "AutoModel")
         unique = sorted({text for pair in pairs for text in pair}, key=lambda t: (len(t), t))
-        vectors: dict[str, Any] = {}
-        for start in range(0, len(unique), self.batch_size):
-            part = unique[start : start + self.batch_size]
-            out, mask = encoder(part, None, mask=True)
+
+        def read(part: Sequence[str]) -> list[Any]:
+            out, mask = encoder(list(part), None, mask=True)
             mean = (out.last_hidden_state.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
             unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-9)
-            vectors.update(zip(part, unit.cpu().numpy(), strict=True))
+            return list(unit.cpu().numpy())
+
+        vectors = dict(zip(unique, encoder.in_parts(unique, self.batch_size, read), strict=True))
         return [float(np.clip(vectors[a] @ vectors[b], 0, 1)) for a, b in pairs]
 
 
@@ -244,41 +245,3 @@ def _once(
         return compare(pairs)
     model = stamp(encoder.model) or commit_of(encoder.model, encoder.revision)
     return engine.similar(f"{type(encoder).__name__} {model}", pairs, compare)
-
-
-def _encoder(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
-    after_fork()
-    return _loaded(model, revision, device, auto)
-
-
-class _Encoder:
-    """An encoder model and its tokenizer, called on texts or pairs of texts."""
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def __call__(self, first: list[str], second: list[str] | None, mask: bool = False) -> Any:
-        import torch
-
-        limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings - 2)
-        batch = self.tokenizer(
-            first, second, padding=True, truncation="longest_first", max_length=limit, return_tensors="pt"
-        ).to(self.model.device)
-        with torch.inference_mode():
-            out = self.model(**batch)
-        return (out, batch["attention_mask"]) if mask else out
-
-
-@lru_cache(maxsize=4)
-def _loaded(model: str, revision: str | None, device: str | None, auto: str) -> _Encoder:
-    import transformers
-
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    with loading(model):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **options)
-        loaded = getattr(transformers, auto).from_pretrained(model, **options)
-        return _Encoder(loaded.to(device or best_device()).eval(), tokenizer)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_loaded.cache_clear)  # memory of a GPU does not come along

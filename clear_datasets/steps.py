@@ -15,6 +15,7 @@ from clear_datasets.asking import ask
 from clear_datasets.batches import Batch, beside
 from clear_datasets.confidence import BSDetector, Estimator
 from clear_datasets.decide import BOUNDS
+from clear_datasets.encoders import close_encoders
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.cache import cached
 from clear_datasets.engines.checkpoint import commit_of, stamp
@@ -263,6 +264,7 @@ class Clear:
         base.close()
         if self.writer is not None:
             base.with_writer(self.writer).close()
+        close_encoders()
 
     @staticmethod
     def features(features: Features, adaptive: bool = False) -> Features:

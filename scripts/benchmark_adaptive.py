@@ -25,11 +25,10 @@ from benchmark_auroc import DATA, TASKS, measure
 from datasets import Dataset
 from get_model import MODELS, fetch
 from this_run import this_run
-from transformers import AutoTokenizer
 
 from clear_datasets import BSDetector, Clear, above, score_to_keep, threshold
 from clear_datasets.engines.cache import Cached, close_stores
-from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.chats import Chats, tokenizer_of
 from clear_datasets.engines.checkpoint import source_of
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
@@ -119,7 +118,7 @@ def main() -> None:
         result["tasks"] = [t for t in json.loads(args.out.read_text())["tasks"] if t["task"] not in args.task]
     with tempfile.TemporaryDirectory() as folder:
         engine = VLLM(model, dtype="float32") if args.engine == "vllm" else Transformers(model)
-        chats = Chats.of(AutoTokenizer.from_pretrained(source_of(model)), sys.maxsize, None)
+        chats = Chats.of(tokenizer_of(source_of(model)), sys.maxsize, None)
         full = Cached(engine, args.cache or f"{folder}/full")
         for task in args.task:
             result["tasks"].append(evaluate(task, args, full, chats, folder))

@@ -133,17 +133,20 @@ class Cached(Queued):
         Args:
             identity: What the comparison depends on.
             pairs: Texts.
-            compare: Compares some of the pairs.
+            compare: Compares some of the pairs, at most 256 at a time.
         """
         store = self.store
         keys = [_key("similar", identity, list(pair)) for pair in pairs]
         known: dict[bytes, Any] = {key: _read(values[0])[0] for key, values in store.get(keys).items()}
-        left = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
+        left = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}.items())
         COUNTS.known += len(known)
         COUNTS.asked += len(left)
-        found = dict(zip(left, compare(list(left.values())) if left else (), strict=True))
-        store.put([(key, 0, _written([value])) for key, value in found.items()])
-        return [float((known if key in known else found)[key]) for key in keys]
+        for start in range(0, len(left), _WINDOW):
+            part = left[start : start + _WINDOW]
+            found = compare([pair for _, pair in part])
+            known |= {key: value for (key, _), value in zip(part, found, strict=True)}
+            store.put([(key, 0, _written([known[key]])) for key, _ in part])
+        return [float(known[key]) for key in keys]
 
 
 def cached(engine: Engine, cache: bool | str | os.PathLike[str] | None) -> Engine:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 from clear_datasets.engines import Messages, PromptError
 
 # Models that think aloud first would say neither a label nor an answer; other templates ignore the setting.
 _ANSWERING = {"add_generation_prompt": True, "enable_thinking": False}
+DATE = date(2024, 7, 26)  # what is today to a chat template that asks, on every day; Llama's own where it knows none
+_CODES = ("-d", "-m", *"aAbBdHIjmMpSyY")
+_PARTS = "".join(f"|replace('%{code}', '{DATE.strftime('%' + code)}')" for code in _CODES)
+# A macro in place of the function, as transformers makes texts of functions that are given; its line end is trimmed.
+_TODAY = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}\n"
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,46 @@ class Chats:
         return ids
 
 
+def tokenizer_of(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with the chat template that comes with it.
+
+    Raises:
+        ValueError: It is made from ``tekken.json`` alone, and so has no chat template.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto import tokenization_auto
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if hasattr(tokenization_auto, "_use_mistral_format"):  # older ones would keep the option as one of the tokenizer's
+        options["mistral_format"] = False  # where mistral-common is installed, as vLLM has it, its own would be taken
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if type(tokenizer).__name__ == "MistralCommonBackend":
+        raise ValueError(
+            f"this transformers gives {source} the tokenizer of mistral-common, which has no chat template: "
+            "pip install -U transformers"
+        )
+    if not tokenizer.chat_template and "tekken" in Path(getattr(tokenizer, "vocab_file", None) or "").name:
+        raise ValueError(
+            f"{source} has tekken.json, but neither tokenizer.json nor a chat template, and would be asked in a form "
+            "that it never saw: put a chat_template.jinja beside it, or take a checkpoint that has one"
+        )
+    return tokenizer
+
+
 def render(tokenizer: Any, messages: Messages) -> str:
     """The text of a chat, by the tokenizer's chat template, or plainly where it has none."""
     if not tokenizer.chat_template:
         turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
         return "\n\n".join([*turns, "Assistant:"])
+    template = tokenizer.get_chat_template()
+    dated = {"chat_template": _TODAY + template} if "strftime_now" in template else {}
+    settings = {**_ANSWERING, **dated, "tokenize": False}
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **_ANSWERING)
+        text: str = tokenizer.apply_chat_template(list(messages), **settings)
     except Exception:
         if not messages or messages[0]["role"] != "system" or len(messages) < 2:
             raise
-        text = tokenizer.apply_chat_template(without_system(messages), tokenize=False, **_ANSWERING)
+        text = tokenizer.apply_chat_template(without_system(messages), **settings)
     return text
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import EngineError, hint_at_ranks
-from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.chats import DATE, Chats, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _LOADED: dict[Transformers, Checkpoint] = {}
 _PARENT_HAD_TORCH: list[bool] = []  # not empty in a process that was forked from one with torch
 
+_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")  # where chat templates are kept
+_HEAD = 1 << 26  # bytes of a GGUF file that hold its metadata and the names of its tensors
 _SHORT = ("out of memory", "allocate memory", "not enough memory", "can't start new thread")
 
 
@@ -79,6 +81,11 @@ def loading(model: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if short_of_memory(error):
             mend = "there is too little memory for it: free some, or take a smaller model"
+        elif "engine core" in reason.lower():  # vLLM's error of its own process, which has said what is wrong
+            mend = (
+                "vLLM's own messages stand above; if they speak of memory, give a smaller max_model_len, "
+                "or a gpu_memory_utilization that fits what is free"
+            )
         elif os.path.exists(model):
             mend = "is the folder a whole checkpoint, with all of its files as they were saved?"
         else:
@@ -97,6 +104,11 @@ def unload(config: Transformers | None = None) -> None:
     """Free what `load` holds, of one configuration or of all."""
     for other in [config] if config is not None else list(_LOADED):
         _LOADED.pop(other, None)
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give memory that nothing holds any more back, a GPU's as well."""
     gc.collect()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         sys.modules["torch"].cuda.empty_cache()
@@ -104,7 +116,7 @@ def unload(config: Transformers | None = None) -> None:
 
 def _load(config: Transformers) -> Checkpoint:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     source = source_of(config.model)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -112,7 +124,7 @@ def _load(config: Transformers) -> Checkpoint:
     if device.type == "cuda":
         hint_at_ranks()
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else fast_dtype(device)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    tokenizer = tokenizer_of(source, **options)
     model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):  # which would be drawn at random
         raise ValueError(f"the checkpoint lacks {len(missing)} of its weights, among them {missing[0]}")
@@ -183,8 +195,20 @@ def stamp(model: str) -> str:
     """Digest of the names, sizes and times of a local model's files, to tell a retrained one; "" for a Hub id."""
     path = Path(model)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    seen: list[Any] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    seen += _dated(path)
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16] if seen else ""
+
+
+def _dated(folder: Path) -> list[str]:
+    """The date that a model is told whose chat template asks for it; before, it was that of the day."""
+    return [f"on {DATE}"] if holds(folder, "strftime_now", *_TEMPLATES) else []
+
+
+def holds(folder: Path, word: str, *names: str) -> bool:
+    """Whether one of these small files of a folder has a word in it."""
+    files = [folder / name for name in names]
+    return any(word in file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
 
 
 def best_device() -> str:
@@ -216,22 +240,37 @@ def model_folder() -> Path:
     return Path(HF_HOME) / "clear_datasets"
 
 
-@lru_cache  # once a process: a model that is changed on the Hub meanwhile is loaded already
 def commit_of(model: str, revision: str | None) -> str:
     """The commit of a Hub model's or adapter's revision, as `transformers` finds it; else what was asked for."""
+    folder = snapshot(model, revision)
+    if folder is None:
+        return f"{model}@{revision or ''}"
+    return " ".join([f"{model}@{folder.name}", *_dated(folder)])
+
+
+@lru_cache  # once a process: a model that is changed on the Hub meanwhile is loaded already
+def snapshot(model: str, revision: str | None) -> Path | None:
+    """The folder of a Hub model's or adapter's small files in the Hub's cache; None where it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    for name in ("config.json", "adapter_config.json"):
+    def fetch(name: str) -> Path | None:
         with suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):  # loading it will say why
-            return f"{model}@{Path(hf_hub_download(model, name, revision=revision)).parent.name}"
-    return f"{model}@{revision or ''}"
+            return Path(hf_hub_download(model, name, revision=revision)).parent
+        return None
+
+    folder = fetch("config.json") or fetch("adapter_config.json")
+    if folder and not any((folder / name).is_file() for name in _TEMPLATES):  # it was never loaded
+        for name in _TEMPLATES:
+            fetch(name)
+    return folder
 
 
 def from_gguf(file: Path) -> Path:
     """Convert a GGUF file into a checkpoint folder, once; later calls return the folder that is there.
 
     Raises:
+        EngineError: The model would see its positions unscaled.
         FileNotFoundError: There is no such file.
     """
     if not file.is_file():
@@ -240,6 +279,7 @@ def from_gguf(file: Path) -> Path:
         )
     with file.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    _check_positions(file)
     folder = model_folder() / "models" / f"{file.stem}-{digest}"
     if folder.is_dir():
         return folder
@@ -265,3 +305,21 @@ def from_gguf(file: Path) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _check_positions(file: Path) -> None:
+    """Refuse a GGUF file whose scaled positions `transformers` would drop without a word, as of Llama-3.1."""
+    with file.open("rb") as f:
+        head = f.read(_HEAD)
+    if not any(name in head for name in (b"rope_freqs.weight", b"rope_factors_long.weight")):
+        return
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # one for each kind of layers, or one
+    if all(kind.get("rope_type", "default") == "default" for kind in kinds):
+        raise EngineError(
+            f"{file.name} scales its positions by a tensor (rope_freqs or rope_factors) that transformers does not "
+            "read, so that the model would see others: take its safetensors checkpoint, by its Hub id or its folder"
+        )

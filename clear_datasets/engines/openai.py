@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clear_datasets.engines import Answers, Asks, EngineError, Messages, PromptError, Queued, untold
 from clear_datasets.engines.chats import without_system
 from clear_datasets.engines.labels import shares
-from clear_datasets.engines.server import check_address, wait_for
+from clear_datasets.engines.server import check_address, error_in, patiently, wait_for
 
 _TOP = 20  # log-probabilities that servers give at most
 _COUNTED = 20  # answers that a label's probability is counted from, where there are no log-probabilities
@@ -220,9 +220,11 @@ class OpenAI(Queued):
                 request["extra_body"] = {"chat_template_kwargs": {"enable_thinking": False}}
             try:
                 with self._understanding():
-                    reply = await client.chat.completions.create(model=self.model, **request)
+                    create = partial(client.chat.completions.create, model=self.model, **request)
+                    reply = await patiently(create, error_in, self.retries)
                     if not reply.choices:
-                        raise EngineError(f"{self._where} gave a reply without any answer")
+                        said = self._hidden(error_in(reply) or "no choices")
+                        raise EngineError(f"{self._where} gave a reply without any answer: {said}")
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refusals.append(error)
             else:
@@ -255,8 +257,8 @@ class OpenAI(Queued):
                     if given is not None:  # without content, the model refused to answer
                         top = given.content[0].top_logprobs if given.content else []
                         return shares({t.token: float(np.exp(t.logprob)) for t in top}, labels)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if "logprobs" not in str(error):
+            except openai.APIStatusError as error:
+                if error.status_code >= 500 or "logprobs" not in str(error):
                     raise
             if "logprobs" not in server.lacks:
                 server.lacks.add("logprobs")
@@ -325,7 +327,9 @@ class OpenAI(Queued):
 
     def _message(self, error: Any) -> str:
         body = getattr(error, "body", None)
-        text = str((body.get("message") if isinstance(body, dict) else None) or error)
+        return self._hidden(str((body.get("message") if isinstance(body, dict) else None) or error))
+
+    def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if len(self._key) >= 8 else text  # some servers repeat it
 
 

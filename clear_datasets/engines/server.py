@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 _ADDRESS = re.compile(r"https?://(\[[\da-f:.]+\]|[^\s/?#@:\[\]]+)(:\d+)?(/[^\s?#]*)?", re.IGNORECASE)
@@ -39,3 +39,21 @@ def wait_for(job: Coroutine[Any, Any, T]) -> T:
     except BaseException:
         future.cancel()  # an interrupt stops what is under way
         raise
+
+
+async def patiently(call: Callable[[], Awaitable[T]], failed: Callable[[T], object], retries: int) -> T:
+    """What a call gives, repeated where that is a failure; pauses grow to 8 seconds, as those of the openai package."""
+    result = await call()
+    for repeated in range(retries):
+        if not failed(result):
+            break
+        await asyncio.sleep(min(0.5 * 2**repeated, 8))
+        result = await call()
+    return result
+
+
+def error_in(reply: Any) -> str:
+    """What a reply says is wrong, in place of answers and with the status of success, as OpenRouter's do; else ""."""
+    error = None if reply.choices else getattr(reply, "error", None)
+    message = error.get("message") if isinstance(error, dict) else None
+    return " ".join(str(message or error or "").split())[:300]

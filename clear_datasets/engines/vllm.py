@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from clear_datasets.engines import Answers, Asks, Queued
 from clear_datasets.engines.chats import Chats
-from clear_datasets.engines.checkpoint import adapter_of, commit_of, stamp
+from clear_datasets.engines.checkpoint import adapter_of, commit_of, holds, snapshot, stamp
 from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import Request, plan
 from clear_datasets.engines.vllm_process import LOADED, load
@@ -41,7 +42,7 @@ class VLLM(Queued):
         revision: Branch, tag or commit of a Hub model.
         adapter: A folder with a LoRA adapter that is applied to the model.
         gpu_memory_utilization: Share of the GPU's memory that vLLM may take.
-        max_model_len: Tokens of prompt and answer; by default what the model can.
+        max_model_len: Tokens of prompt and answer; by default what the model can, or as many as a GPU has memory for.
         **options: Passed to ``vllm.LLM``: ``tensor_parallel_size=2``, ``dtype="float16"``, ...
 
     Raises:
@@ -106,6 +107,9 @@ class VLLM(Queued):
         """See `Engine.identity`: how the work is spread and where it runs changes nothing."""
         model = self.stamp or commit_of(self.model, self.revision)
         told = [option for option in self.options if option[0] not in _WHERE]
+        folder = Path(self.model) if self.stamp else snapshot(self.model, self.revision)
+        if self.max_model_len and folder and holds(folder, "long_factor", "config.json"):
+            told.append(("max_model_len", self.max_model_len))  # by which vLLM chooses the factors of every prompt
         return repr(("VLLM", model, self.adapter_stamp, told))
 
     @property

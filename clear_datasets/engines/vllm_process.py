@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import EngineError, hint_at_ranks
-from clear_datasets.engines.chats import Chats
+from clear_datasets.engines.chats import Chats, tokenizer_of
 from clear_datasets.engines.checkpoint import loading, source_of, stated_ends
 from clear_datasets.engines.guard import Guard
 from clear_datasets.engines.planning import Request
@@ -37,15 +37,17 @@ class Loaded:
         import vllm.platforms
 
         source = source_of(config.model)
+        on_cpu = vllm.platforms.current_platform.is_cpu()
         options: dict[str, Any] = {
             "revision": config.revision,
-            "max_model_len": config.max_model_len,
+            # -1 is what the GPU's memory has room for: with None, too little for the whole length ends in an error.
+            "max_model_len": config.max_model_len or (None if on_cpu else -1),
             "gpu_memory_utilization": config.gpu_memory_utilization,
             "generation_config": "vllm",
             "enable_prefix_caching": True,
             # By vLLM's own a second process would repeat the samples of the first.
             "seed": int.from_bytes(os.urandom(4)) >> 1,
-            **(_cpu_options(config) if vllm.platforms.current_platform.is_cpu() else {}),
+            **(_cpu_options(config) if on_cpu else {}),
             **({"enable_lora": True, "max_lora_rank": _rank(config.adapter)} if config.adapter else {}),
             **dict(config.options),
         }
@@ -67,13 +69,8 @@ class Loaded:
         threading.Thread(target=_watch, args=(self.llm.llm_engine.engine_core,), daemon=True).start()
 
     def _describe(self, source: str, options: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.get("tokenizer") or source,
-            revision=options["revision"],
-            trust_remote_code=bool(options.get("trust_remote_code")),
-        )
+        trust = bool(options.get("trust_remote_code"))
+        tokenizer = tokenizer_of(options.get("tokenizer") or source, options["revision"], trust)
         model = self.llm.llm_engine.model_config
         self.chats = Chats.of(
             tokenizer, model.max_model_len, stated_ends(source, options["revision"], model.hf_text_config)

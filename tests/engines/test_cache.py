@@ -23,7 +23,7 @@ from datasets.fingerprint import Hasher
 from clear_datasets import BSDetector, Clear, Embedding, Jaccard, decide, threshold
 from clear_datasets.engines import Answers, Asks, Messages, PromptError
 from clear_datasets.engines.cache import COUNTS, Cached, close_stores, store_of
-from clear_datasets.engines.checkpoint import commit_of
+from clear_datasets.engines.checkpoint import snapshot
 from clear_datasets.engines.database import transaction
 from clear_datasets.engines.store import NAME, Store
 from clear_datasets.engines.transformers import Transformers
@@ -234,7 +234,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub, tmp_path, monkeypatch):
         (folder / "snapshots" / ("3" * 40)).mkdir()
         (folder / "snapshots" / ("3" * 40) / "config.json").write_text("{}")
         (folder / "refs" / "main").write_text("3" * 40)
-    commit_of.cache_clear()
+    snapshot.cache_clear()
     assert all(Hasher.hash(clear.score) != b for clear, b in zip(steps, before, strict=True))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -259,6 +259,24 @@ def test_a_similarity_by_an_encoder_is_computed_once(tiny, monkeypatch):
     assert len(seen) == 2
     assert Embedding(tiny)(pairs, Counting()).tolist() == [0.25] * 3
     assert len(seen) == 4
+
+
+def test_comparisons_are_kept_as_they_come(asked):
+    pairs, seen = [(str(i), "b") for i in range(600)], []
+
+    def compare(part):
+        if len(seen) == 2:
+            raise MemoryError("killed")
+        seen.append(len(part))
+        return [0.5] * len(part)
+
+    engine = Cached(Counting())
+    with pytest.raises(MemoryError):
+        engine.similar("e", pairs, compare)
+    close_stores()
+    left = []
+    assert engine.similar("e", pairs, lambda part: left.extend(part) or [0.25] * len(part)) == [0.5] * 512 + [0.25] * 88
+    assert left == pairs[512:]
 
 
 def test_one_temperature_written_in_two_ways_is_asked_once(asked):

@@ -169,6 +169,54 @@ def test_what_fails_for_load_is_tried_again_when_the_server_says(server, status)
     assert set(seen.values()) == {2}
 
 
+def overloaded(code: int = 502) -> Reply:
+    """As OpenRouter says it: the status is that of success."""
+    return 200, {"id": "1", "error": {"message": "Provider\nreturned error", "code": code}, "user_id": "u"}, {}
+
+
+def test_an_error_with_the_status_of_success_is_tried_again(server):
+    seen: Counter[str] = Counter()
+
+    def busy(body):
+        seen[content(body)] += 1
+        return overloaded() if seen[content(body)] == 1 else said("x", logprobs={"Yes": 0.6, "No": 0.2})(body)
+
+    server.reply = busy
+    found = OpenAI("m", server.url, api_key="k").answer(Asks([ask("a")], choose=[ask("b")], labels=("Yes", "No")))
+    assert found.generated == [["x"]]
+    np.testing.assert_allclose(found.chosen, [[0.75, 0.25]], rtol=1e-5)
+    assert seen == {"a": 2, "b": 2}
+
+
+def test_an_error_with_the_status_of_success_that_stays_is_quoted(server):
+    server.reply = lambda body: overloaded()
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1.* without any answer: Provider returned error$"):
+        OpenAI("m", server.url, api_key="k", retries=2).generate([ask("a")])
+    assert len(server.asked) == 3
+    assert time.monotonic() - started >= 1.5  # pauses of 0.5 and 1
+
+
+@pytest.mark.parametrize("status", [400, 403, 404])
+def test_a_model_whose_log_probabilities_are_refused_is_counted(server, status):
+    def strict(body):
+        if "logprobs" in body:
+            return failed(status, "You are not allowed to request logprobs from this model")
+        return said("Yes", "Yes", "No")(body)
+
+    server.reply = strict
+    engine = OpenAI("m", server.url, api_key="k")
+    with pytest.warns(UserWarning, match="no log-probabilities: labels are counted in 20 answers"):
+        found = engine.choose([ask("Right?")], ["Yes", "No"])
+    np.testing.assert_allclose(found, [[14 / 20, 6 / 20]], rtol=1e-5)
+    server.asked.clear()
+    engine.choose([ask("Sure?")], ["Yes", "No"])
+    assert not any("logprobs" in asked for asked in server.asked)
+    server.reply = lambda body: failed(403, "this key may not")
+    with pytest.raises(EngineError, match="this key may not"):
+        OpenAI("other", server.url, api_key="k").choose([ask("Right?")], ["Yes", "No"])
+
+
 def test_a_refused_prompt_is_named_and_the_others_are_paid_once(server):
     def refusing(body):
         return failed(400, "maximum context length is 512 tokens") if content(body) == "long" else said("ok")(body)
