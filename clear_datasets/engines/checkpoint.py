@@ -51,6 +51,7 @@ class Checkpoint:
     device: torch.device
     pad: int
     shares_prefix: bool
+    budget: int | None = None  # tokens of a forward pass, where it was found that no more fit the memory
 
 
 def after_fork() -> None:
@@ -138,7 +139,7 @@ def _load(config: Transformers) -> Checkpoint:
         unload()  # the model that the step before this one asked
         model = model.to(device).eval()
     text = model.config.get_text_config()
-    limit = int(getattr(text, "max_position_embeddings", None) or tokenizer.model_max_length)
+    limit = int(_trained_length(text) or tokenizer.model_max_length)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     return Checkpoint(
         model=model,
@@ -148,6 +149,16 @@ def _load(config: Transformers) -> Checkpoint:
         # Padding between two parts of a prompt is masked in full attention; other layers would count it in.
         shares_prefix=kinds == {"full_attention"} and not getattr(text, "sliding_window", None),
     )
+
+
+def _trained_length(text: Any) -> int | None:
+    """Positions that a model knows; up to where longrope changes its factors, for all that is in the batch with it."""
+    known: int | None = getattr(text, "max_position_embeddings", None)
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # one, or one for each type of layer
+        if known and isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            known = min(known, rope.get("original_max_position_embeddings", known))
+    return known
 
 
 def source_of(model: str) -> str:

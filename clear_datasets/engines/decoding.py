@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,18 @@ import numpy as np
 import numpy.typing as npt
 
 from clear_datasets.engines.checkpoint import Checkpoint
+from clear_datasets.engines.planning import Request
 
 if TYPE_CHECKING:
     import torch
 
 
 class State:
-    """Sequences that a model has read so far: their keys and values, and which places hold padding."""
+    """Sequences that a model has read so far: their keys and values, and which places hold padding.
+
+    All changes go layer by layer, so that the old and the new are not held at once. After an out-of-memory error a
+    state is of no use: some of its layers have read the tokens, and what a recurrent layer held is gone.
+    """
 
     def __init__(self, checkpoint: Checkpoint, cache: Any = None, mask: torch.Tensor | None = None) -> None:
         self.checkpoint, self.cache, self.mask = checkpoint, cache, mask
@@ -38,40 +43,41 @@ class State:
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
         before = 0 if self.mask is None else self.mask.sum(-1, keepdim=True)
         whole = mask if self.mask is None else torch.cat([self.mask, mask], dim=-1)
-        try:
-            out = self.checkpoint.model(
-                input_ids=ids,
-                attention_mask=whole,
-                position_ids=(before + mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-        except torch.OutOfMemoryError:
-            for layer in self.cache.layers if self.cache else ():  # some have read the tokens by now
-                if layer.keys.shape[-2] > whole.shape[1] - width:
-                    layer.keys, layer.values = layer.keys[:, :, :-width], layer.values[:, :, :-width]
-            raise
+        out = self.checkpoint.model(
+            input_ids=ids,
+            attention_mask=whole,
+            position_ids=(before + mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
         self.cache, self.mask = out.past_key_values, whole
         logits: torch.Tensor = out.logits[:, -keep:].float()
         return logits
 
     def select(self, rows: list[int]) -> State:
-        """The state of some sequences, each as often as it is named; this state stays as it is."""
-        import torch
-
+        """A state of some sequences, of full attention alone; this one stays as it is."""
         if self.mask is None:
             return State(self.checkpoint)
-        index = torch.tensor(rows, dtype=torch.long, device=self.checkpoint.device)
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]  # what changes one of them makes new tensors
+        state = State(self.checkpoint, cache, self.mask)
+        state.take(rows)
+        return state
+
+    def take(self, rows: list[int]) -> None:
+        """Go on with some sequences, each as often as it is named."""
+        import torch
+
+        assert self.mask is not None
         if rows != list(range(len(self.mask))):
-            cache.reorder_cache(index)  # makes new tensors, so that the layers of `self` keep theirs
-        return State(self.checkpoint, cache, self.mask[index])
+            index = torch.tensor(rows, dtype=torch.long, device=self.checkpoint.device)
+            self.cache.reorder_cache(index)
+            self.mask = self.mask[index]
 
     @staticmethod
     def join(states: Sequence[State]) -> State:
-        """One state of all their sequences; shorter ones are padded on the left."""
+        """One state of all their sequences, which gives theirs up; shorter ones are padded on the left."""
         import torch
         from torch.nn.functional import pad
 
@@ -83,6 +89,8 @@ class State:
             beside = [s.cache.layers[i] for s in states]
             layer.keys = torch.cat([pad(b.keys, (0, 0, gap, 0)) for b, gap in zip(beside, gaps, strict=True)])
             layer.values = torch.cat([pad(b.values, (0, 0, gap, 0)) for b, gap in zip(beside, gaps, strict=True)])
+            for b in beside:
+                b.keys = b.values = None
         mask = torch.cat([pad(m, (gap, 0)) for m, gap in zip(masks, gaps, strict=True)])
         return State(states[0].checkpoint, cache, mask)
 
@@ -91,10 +99,11 @@ class State:
 class Draw:
     """One sample: the random numbers that decide it, one a token, and the tokens so far."""
 
-    position: int
+    request: Request
     number: int  # among the samples of its prompt
     uniform: npt.NDArray[np.float32]
     tokens: list[int] = field(default_factory=list)
+    done: bool = False  # it has come to its end
     broken: bool = False  # a logit was no number
 
 
@@ -132,16 +141,14 @@ class Writing:
         assert self.logits is not None
         ends = self.state.checkpoint.chats.ends
         tokens, sound = (found.tolist() for found in self._pick(self.logits))
-        drawn = list(zip(self.draws, tokens, strict=True))
-        going = [i for i, (d, t) in enumerate(drawn)
-                 if sound[i] and t not in ends and len(d.tokens) + 1 < len(d.uniform)]  # fmt: skip
-        # Before any token is noted: it may end in an out-of-memory error, and be done again.
-        state = self.state.select(going) if len(going) < len(drawn) else self.state
-        for (draw, token), whole in zip(drawn, sound, strict=True):
+        for draw, token, whole in zip(self.draws, tokens, sound, strict=True):
             draw.broken = not whole
             if token not in ends:
                 draw.tokens.append(token)
-        self.state, self.draws = state, [self.draws[i] for i in going]
+            draw.done = draw.broken or token in ends or len(draw.tokens) >= len(draw.uniform)
+        going = [i for i, draw in enumerate(self.draws) if not draw.done]
+        self.state.take(going)
+        self.draws = [self.draws[i] for i in going]
         self.logits, self.pending = None, [tokens[i] for i in going]
 
     def _pick(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,20 +165,12 @@ class Writing:
 
     @staticmethod
     def join(parts: list[Writing]) -> Writing:
-        """The unfinished samples of several batches that wait for their next logits, to be drawn together."""
+        """The unfinished samples of several batches that wait for their next logits; they are drawn in this one."""
         first = parts[0]
         pending = [token for part in parts for token in part.pending or ()]
         return Writing(
             State.join([p.state for p in parts]), [d for p in parts for d in p.draws], first.temperature, None, pending
         )
-
-    def halves(self) -> Iterator[Writing]:
-        """Two batches of half the samples each, one after the other: both at once would double the memory."""
-        for rows in np.array_split(np.arange(len(self.draws)), 2):
-            logits = None if self.logits is None else self.logits[rows]
-            pending = None if self.pending is None else [self.pending[i] for i in rows]
-            draws = [self.draws[i] for i in rows]
-            yield Writing(self.state.select(rows.tolist()), draws, self.temperature, logits, pending)
 
 
 def uniform(ids: list[int], sample: int, seed: int, size: int) -> npt.NDArray[np.float32]:

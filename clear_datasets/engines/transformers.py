@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from clear_datasets.engines import Answers, Asks, EngineError, PromptError, Queued
 from clear_datasets.engines.checkpoint import Checkpoint, adapter_of, commit_of, load, short_of_memory, stamp, unload
 from clear_datasets.engines.decoding import Draw, State, Writing, uniform
+from clear_datasets.engines.labels import Labels
 from clear_datasets.engines.planning import HELD, Request, Run, chunks, group, plan, windows
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ class Transformers(Queued):
         dtype: ``"auto"`` is bfloat16 where the hardware multiplies it fast, else float32 on a CPU and float16 on
             other devices.
         device: ``"cuda"``, ``"mps"`` or ``"cpu"``; by default the first of them that is there.
-        batch_tokens: Tokens in one forward pass; by default 4,096 on a CPU and 32,768 on a GPU. A batch that does
-            not fit the GPU's memory is halved until it does.
+        batch_tokens: Tokens in one forward pass; by default 4,096 on a CPU and 32,768 on a GPU. Where the GPU's memory
+            runs short, what is under way begins anew in batches of half the size, which all that follows keeps to.
         seed: Where samples begin.
         trust_remote_code: Whether a model may run the code that comes with it.
         adapter: A folder with a LoRA adapter that is merged into the model (needs `peft`).
@@ -84,74 +86,48 @@ class Transformers(Queued):
             if not short_of_memory(error):
                 raise
             raise EngineError(
-                f"there is too little memory for one request to {self.model}: free some, shorten the longest rows, or "
-                "take a smaller model; what was answered is kept"
+                f"there is too little memory for one request to {self.model}: free some, set a smaller batch_tokens "
+                "(on CUDA it was halved down to one sequence), shorten the longest rows, or take a smaller model; what "
+                "was answered is kept"
             ) from error
 
     def _answer(self, asks: Asks, checkpoint: Checkpoint) -> Answers:
-        requests, known = plan(asks, checkpoint.chats)
-        masses = known.empty(len(asks.choose))
-        read = [np.empty(0, np.float32) for _ in asks.read]
-        stems = [len(known.stems)] * len(asks.choose)  # to be read
-        samples, broken = _Samples(asks, checkpoint), set[int]()
-        behind = len(asks.generate) + len(asks.choose)
-        waiting: list[Writing] = []
-        budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
-        most = 2 * HELD * budget  # what two windows hold
-        for window in windows(group(requests, checkpoint.shares_prefix), budget):
-            for request, result in self._window(window, checkpoint, asks, known.tokens, budget):
-                position = request.position
-                if _is_broken(result):
-                    broken.add(position + (behind if request.kind == "read" else len(asks.generate)))
-                elif request.kind == "choose":
-                    known.add(masses, position, request.stem, result)
-                    stems[position] -= 1
-                    if not stems[position]:
-                        asks.tell("choose", position, known.probabilities(masses[position : position + 1])[0])
-                elif request.kind == "read":
-                    read[position] = result
-                    asks.tell("read", position, result)
-                else:
-                    samples.add(result.draws)
-                    if checkpoint.shares_prefix:
-                        waiting.append(result)
-                    else:
-                        _finish(result, 0)
-            full = sum(len(w.draws) * w.state.width for w in waiting) >= most
-            if full or sum(len(w.draws) for w in waiting) >= _JOINED:
-                waiting = _together(waiting, False, most)
-            samples.tell(waiting)
-        samples.tell(_together(waiting, True, most))
-        if broken := broken | samples.broken:
-            raise PromptError(dict.fromkeys(sorted(broken), _NO_NUMBERS))
-        return Answers(samples.texts, known.probabilities(masses), read, samples.cut)
-
-    def _window(
-        self, window: list[Run], checkpoint: Checkpoint, asks: Asks, wanted: list[int], budget: int
-    ) -> Iterator[tuple[Request, Any]]:
-        """Results of a window; where a GPU has too little memory for it, those of its halves."""
         import torch
 
-        try:
-            with torch.inference_mode():
-                yield from list(self._forward(window, checkpoint, asks, wanted, budget))
-                return
-        except torch.OutOfMemoryError:
-            pieces = [Run(run.shared, [q]) for run in window for q in run.requests] if len(window) == 1 else window
-            if len(pieces) == 1:
-                raise
-        torch.cuda.empty_cache()
-        for half in (pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]):
-            yield from self._window(half, checkpoint, asks, wanted, budget // 2)
+        requests, known = plan(asks, checkpoint.chats)
+        found, share = _Found(asks, checkpoint, known), checkpoint.shares_prefix
+        budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
+        budget = budget if checkpoint.budget is None else checkpoint.budget
+        rest = list(windows(group(requests, share), budget))
+        while rest or found.waiting:
+            last, short = not rest, False
+            window = [] if last else rest.pop(0)
+            try:
+                with torch.inference_mode():
+                    found.take(list(self._window(window, checkpoint, asks, known.tokens, budget)))
+                    window = []
+                    found.draw(2 * HELD * budget, last)  # what two windows hold
+            except torch.OutOfMemoryError:
+                if not budget:  # it was one sequence alone
+                    checkpoint.budget = None  # there may be more memory next time
+                    raise
+                short = True
+            if short:  # not in the handler: what it handles still holds the memory
+                again = group(found.restart(), share)
+                torch.cuda.empty_cache()
+                budget = checkpoint.budget = budget // 2
+                rest = list(windows([*window, *chain.from_iterable(rest), *again], budget))
+            found.tell()
+        return found.answers()
 
-    def _forward(
+    def _window(
         self, window: list[Run], checkpoint: Checkpoint, asks: Asks, wanted: list[int], budget: int
     ) -> Iterator[tuple[Request, Any]]:
         """A `Writing`, next-token probabilities of the wanted, or the log-probabilities of a response, by kind."""
         import torch
 
         beginning = State(checkpoint)
-        if window[0].shared:
+        if window and window[0].shared:
             beginning.forward([run.requests[0].ids[: run.shared] for run in window])
         for chunk in chunks([(i, q, q.ids[r.shared :]) for i, r in enumerate(window) for q in r.requests], budget):
             state = beginning.select([i for i, _, _ in chunk])
@@ -162,9 +138,10 @@ class Transformers(Queued):
             logits = state.forward([tokens for _, _, tokens in chunk], keep=max(q.tail for q in requests) + 1)
             if requests[0].kind == "generate":
                 drawn = [(i, q, q.first + s) for i, q in enumerate(requests) for s in range(q.draws)]
-                draws = [Draw(q.position, s, uniform(q.ids, s, self.seed, q.room)) for _, q, s in drawn]
+                draws = [Draw(q, s, uniform(q.ids, s, self.seed, q.room)) for _, q, s in drawn]
                 rows = [i for i, _, _ in drawn]
-                yield requests[0], Writing(state.select(rows), draws, asks.temperature, logits[rows, -1])
+                state.take(rows)
+                yield requests[0], Writing(state, draws, asks.temperature, logits[rows, -1])
             elif requests[0].kind == "choose":
                 found = torch.softmax(logits[:, -1], dim=-1)[:, wanted].tolist()  # all the vocabulary would fill memory
                 yield from ((q, dict(zip(wanted, row, strict=True))) for q, row in zip(requests, found, strict=True))
@@ -173,46 +150,95 @@ class Transformers(Queued):
                     yield request, _logprobs(row[-request.tail - 1 : -1], request.ids[-request.tail :])
 
 
-class _Samples:
-    """What was drawn, as texts, told as soon as all samples of a prompt are finished.
+class _Found:
+    """What is known of a batch, told as soon as it is; the samples of a prompt once all of them are drawn.
 
     Attributes:
-        texts: [prompts][samples], in their order.
-        cut: Whether they are cut off at their limit, likewise.
-        broken: Positions of the prompts whose samples the model has no numbers for; they are not told.
+        waiting: Samples that are under way.
     """
 
-    def __init__(self, asks: Asks, checkpoint: Checkpoint) -> None:
-        self.asks, self.tokenizer = asks, checkpoint.chats.tokenizer
-        self.open: dict[int, list[Draw]] = {}
+    def __init__(self, asks: Asks, checkpoint: Checkpoint, known: Labels) -> None:
+        self.asks, self.checkpoint, self.known = asks, checkpoint, known
+        self.masses = known.empty(len(asks.choose))
+        self.stems = [len(known.stems)] * len(asks.choose)  # to be read
+        self.read = [np.empty(0, np.float32) for _ in asks.read]
+        self.open: dict[int, dict[int, Draw]] = {}  # by prompt and number
         self.draws = asks.draws
-        self.broken: set[int] = set()
         self.texts: list[list[str]] = [[] for _ in asks.generate]
         self.cut: list[list[bool]] = [[] for _ in asks.generate]
+        self.broken: set[int] = set()
+        self.waiting: list[Writing] = []
 
-    def add(self, draws: list[Draw]) -> None:
-        """Note samples that are being drawn."""
-        for draw in draws:
-            self.open.setdefault(draw.position, []).append(draw)
+    def take(self, results: list[tuple[Request, Any]]) -> None:
+        """Note what a window gave."""
+        before = len(self.asks.generate)
+        for request, result in results:
+            position = request.position
+            if isinstance(result, Writing):
+                self.waiting.append(result)
+                for draw in result.draws:
+                    self.open.setdefault(draw.request.position, {})[draw.number] = draw
+            elif _is_broken(result):
+                self.broken.add(position + before + (len(self.asks.choose) if request.kind == "read" else 0))
+            elif request.kind == "choose":
+                self.known.add(self.masses, position, request.stem, result)
+                self.stems[position] -= 1
+                if not self.stems[position]:
+                    [shares] = self.known.probabilities(self.masses[position : position + 1])
+                    self.asks.tell("choose", position, shares)
+            else:
+                self.read[position] = result
+                self.asks.tell("read", position, result)
 
-    def tell(self, waiting: list[Writing]) -> None:
-        """Take the texts of prompts whose samples are all drawn, and none among those that wait."""
-        unfinished = {draw.position for writing in waiting for draw in writing.draws}
-        for position in [p for p, d in self.open.items() if p not in unfinished and len(d) == self.draws[p]]:
-            draws = sorted(self.open.pop(position), key=lambda draw: draw.number)
+    def draw(self, most: int, last: bool) -> None:
+        """Draw the samples that wait, once there are enough or they are the last."""
+        if not self.checkpoint.shares_prefix:
+            for writing in self.waiting:
+                writing.write()
+            self.waiting = []
+            return
+        full = sum(len(w.draws) * w.state.width for w in self.waiting) >= most
+        if last or full or sum(len(w.draws) for w in self.waiting) >= _JOINED:
+            self.waiting = _together(self.waiting, last, most)
+
+    def restart(self) -> list[Request]:
+        """Give up the samples that are under way, and their memory; what asks for them anew.
+
+        Nothing is rescued: layers may be half changed by then, and a copy would take the memory that is lacking.
+        """
+        self.waiting = []
+        undone = [draw for draws in self.open.values() for draw in draws.values() if not draw.done]
+        for draw in undone:
+            del self.open[draw.request.position][draw.number]
+        return [replace(draw.request, first=draw.number, draws=1) for draw in undone]
+
+    def tell(self) -> None:
+        """Take the texts of prompts whose samples are all drawn."""
+        whole = [p for p, d in self.open.items() if len(d) == self.draws[p] and all(x.done for x in d.values())]
+        tokenizer = self.checkpoint.chats.tokenizer
+        for position in whole:
+            draws = [draw for _, draw in sorted(self.open.pop(position).items())]
             if any(draw.broken for draw in draws):
                 self.broken.add(position)
                 continue
-            texts = [self.tokenizer.decode(draw.tokens, skip_special_tokens=True).strip() for draw in draws]
+            texts = [tokenizer.decode(draw.tokens, skip_special_tokens=True).strip() for draw in draws]
             cut = [len(draw.tokens) == len(draw.uniform) for draw in draws]
             self.texts[position], self.cut[position] = texts * self.asks.times, cut * self.asks.times
             self.asks.tell("generate", position, (self.texts[position], self.cut[position]))
 
+    def answers(self) -> Answers:
+        """All of it.
+
+        Raises:
+            PromptError: The model has no numbers for some prompts; their samples were not told.
+        """
+        if self.broken:
+            raise PromptError(dict.fromkeys(sorted(self.broken), _NO_NUMBERS))
+        return Answers(self.texts, self.known.probabilities(self.masses), self.read, self.cut)
+
 
 def _is_broken(result: Any) -> bool:
-    """Whether what was found for a request holds what is no number; of samples it is known later."""
-    values = list(result.values()) if isinstance(result, dict) else [] if isinstance(result, Writing) else result
-    return bool(np.isnan(values).any())
+    return bool(np.isnan(list(result.values()) if isinstance(result, dict) else result).any())
 
 
 def _logprobs(logits: torch.Tensor, said: list[int]) -> npt.NDArray[np.float32]:
@@ -241,29 +267,14 @@ def _together(waiting: list[Writing], last: bool, most: int) -> list[Writing]:
     A step is almost as slow for one sample as for many, and each window has a few long ones. No batch holds more than
     `most` tokens, padding included, unless one pass does.
     """
-    import torch
-
-    try:
-        with torch.inference_mode():
-            for writing in waiting:
-                if writing.logits is not None:
-                    writing.draw()
-        groups = _alike([w for w in waiting if w.draws], most)
-    except torch.OutOfMemoryError:
-        groups, last = [[w] for w in waiting], True
+    for writing in waiting:
+        if writing.logits is not None:
+            writing.draw()
     going = []
-    for alike in groups:
-        joined = None
-        try:
-            with torch.inference_mode():
-                joined = Writing.join(alike) if len(alike) > 1 else alike[0]
-        except torch.OutOfMemoryError:
-            pass
-        if joined is None:  # not in the handler: what it handles still holds the memory
-            torch.cuda.empty_cache()
-        for part in alike if joined is None else [joined]:
-            _finish(part, 0 if last or joined is None else len(part.draws) // _REST)
-            going += [part] if part.draws else []
+    for alike in _alike([w for w in waiting if w.draws], most):
+        joined = Writing.join(alike) if len(alike) > 1 else alike[0]
+        joined.write(0 if last else len(joined.draws) // _REST)
+        going += [joined] if joined.draws else []
     return going
 
 
@@ -276,19 +287,3 @@ def _alike(waiting: list[Writing], most: int) -> list[list[Writing]]:
         else:
             groups.append([writing])
     return groups
-
-
-def _finish(writing: Writing, until: int) -> None:
-    import torch
-
-    try:
-        with torch.inference_mode():
-            writing.write(until)
-            return
-    except torch.OutOfMemoryError:
-        if len(writing.draws) < 2:
-            raise
-    torch.cuda.empty_cache()  # not in the handler: what it handles still holds the memory
-    for half in writing.halves():
-        _finish(half, 0)
-    writing.draws = []

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clear_datasets import BSDetector, Clear
@@ -217,33 +220,110 @@ def test_all_kinds_in_one_queue_equal_each_alone(tiny, user):
         np.testing.assert_allclose(mine, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["before the model", "after its first layer"])
-def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, user, monkeypatch, where):
-    engine = Transformers(tiny, dtype="float32")
-    model = load(engine).model
+class Memory(TorchDispatchMode):
+    """A device on which the tensors that are made in it may take so many bytes.
+
+    Attributes:
+        most: Bytes that they took at most.
+    """
+
+    def __init__(self, limit=2**60, ndim=None):
+        super().__init__()
+        self.limit, self.ndim, self.most, self.held = limit, ndim, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and self.ndim in (None, tensor.ndim):
+                storage = tensor.untyped_storage()
+                self.held[StorageWeakRef(storage)] = storage.nbytes()
+        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
+        if sum(self.held.values()) > self.limit:
+            raise torch.OutOfMemoryError("out of memory")
+        self.most = max(self.most, sum(self.held.values()))
+        return out
+
+
+def test_where_one_sample_fits_the_memory_all_rows_are_answered(tiny, user):
+    engine = Transformers(tiny, dtype="float32", batch_tokens=60)
+    prompts, settings = [user(TEXTS[1]), user(TEXTS[3])], {"temperature": 1.0, "max_tokens": 3}
+    wanted = engine.generate(prompts, n=6, **settings)
+    with Memory() as alone:
+        engine.generate(prompts[:1], n=1, **settings)
+    with Memory(int(1.2 * alone.most)):
+        assert engine.generate(prompts, n=6, **settings) == wanted
+    with Memory(alone.most // 2), pytest.raises(EngineError, match=r"too little memory for one request.*batch_tokens"):
+        engine.generate(prompts[:1], n=1, **settings)
+
+
+@pytest.mark.parametrize("batch_tokens, ends", [(300, 1), (600, 4)], ids=["joined", "some of which end"])
+def test_keys_and_values_of_samples_are_held_once(tmp_path, user, batch_tokens, ends):
+    folder = str(make_tiny(tmp_path, num_hidden_layers=8, ends=ends))
+    engine = Transformers(folder, dtype="float32", batch_tokens=batch_tokens)
+    prompts = [user(PASSAGE * 2 + f"Where does it end, and what is {i}?") for i in range(2)]
+    length = len(load(engine).chats.encode(prompts, [6, 6])[0])
+    with Memory(ndim=4) as memory:
+        engine.generate(prompts, n=6, temperature=1.0, max_tokens=6)
+    token = 8 * 2 * 32 * 4  # bytes of its keys and values: one head of 32 in each layer
+    assert 1 <= memory.most / (12 * length * token) < 1.4
+
+
+def make_other(folder, kind):
+    """A random model whose layers keep more than keys and values that grow: of a sliding window, or recurrent ones."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
+
+    make_tiny(folder)
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": len(AutoTokenizer.from_pretrained(folder)), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1,
+        "pad_token_id": 0, "initializer_range": 0.3,
+    }  # fmt: skip
+    if kind == "sliding":
+        MistralForCausalLM(MistralConfig(sliding_window=16, **settings)).save_pretrained(folder)
+    else:
+        Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"], **settings)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind, where", [
+    ("full", "before the model"), ("full", "after its first layer"), ("full", "in its logits"),
+    ("sliding", "after its first layer"), ("sliding", "in its logits"), ("recurrent", "after its first layer"),
+])  # fmt: skip
+def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, tmp_path, user, monkeypatch, kind, where):
+    engine = Transformers(tiny if kind == "full" else make_other(tmp_path, kind), dtype="float32")
+    model, vocabulary = load(engine).model, load(engine).model.config.vocab_size
     prompts = [user(t) for t in TEXTS]
-    asks = Asks(prompts, 2, 1.0, 6, prompts, ["Y", "N"])
+    asks = Asks(prompts, 4, 1.0, 6, prompts, ["Y", "N"])
     wanted = engine.answer(asks)
-    module = model if where == "before the model" else model.model.layers[1]
-    forward, sizes = module.forward, []
+    modules = {"before the model": model, "after its first layer": model.model.layers[1], "in its logits": torch.Tensor}
+    module, name = modules[where], "float" if where == "in its logits" else "forward"
+    method, sizes = getattr(module, name), []
 
     def small(*args, **named):
-        size = len(args[0] if args else named["input_ids"])
+        read = args[0] if args else named["input_ids"]
+        size = 0 if where == "in its logits" and (read.ndim < 3 or read.shape[-1] != vocabulary) else len(read)
         sizes.append(size)
         if size > limit:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(*args, **named)
+        return method(*args, **named)
 
-    monkeypatch.setattr(module, "forward", small)
-    for limit in (4, 1):
+    monkeypatch.setattr(module, name, small)
+    for limit in (6, 1):
         sizes.clear()
         found = engine.answer(asks)
-        assert max(sizes) > limit
+        assert (tried := max(sizes)) > limit
         assert found.generated == wanted.generated
         np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=1e-4)
+        sizes.clear()
+        engine.answer(asks)  # goes on with what has fitted
+        assert max(sizes) < tried
     limit = 0
     with pytest.raises(EngineError, match="too little memory for one request"):
         engine.answer(asks)
+    limit = 100  # memory is free again
+    engine.answer(asks)
+    assert max(sizes) > 6
 
 
 def test_a_model_that_does_not_fit_beside_another_takes_its_place(tiny, user, monkeypatch):
@@ -275,6 +355,7 @@ def test_samples_of_several_windows_that_do_not_fit_the_memory_together(tiny, us
     monkeypatch.setattr(State, "join", full)
     assert engine.generate(prompts, n=30, temperature=1.0, max_tokens=8) == wanted
     assert joins
+    engine.close()
 
 
 def test_prompts_that_are_too_long_are_named_with_length_and_limit(tiny, user):
@@ -283,6 +364,24 @@ def test_prompts_that_are_too_long_are_named_with_length_and_limit(tiny, user):
     assert list(caught.value.reasons) == [1]
     assert "608" not in caught.value.reasons[1]
     assert "the model takes 512" in caught.value.reasons[1]
+
+
+def test_longrope_is_given_no_row_that_would_change_the_factors_of_those_beside_it(tmp_path: Path, user):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    make_tiny(tmp_path)
+    torch.manual_seed(0)
+    Phi3ForCausalLM(Phi3Config(
+        vocab_size=len(AutoTokenizer.from_pretrained(tmp_path)), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        original_max_position_embeddings=64, eos_token_id=1, pad_token_id=0, initializer_range=0.3,
+        rope_parameters={"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4},
+    )).save_pretrained(tmp_path)  # fmt: skip
+    engine = Transformers(str(tmp_path), dtype="float32")
+    long, short = user("x" * 50), user("Who?")
+    with pytest.raises(PromptError, match="the model takes 64"):
+        engine.generate([short, user("x" * 70)], max_tokens=8)
+    assert engine.generate([short, long], max_tokens=8)[0] == engine.generate([short], max_tokens=8)[0]
 
 
 def test_an_empty_batch_gives_nothing(tiny):
@@ -377,19 +476,10 @@ def test_no_batch_holds_more_tokens_than_it_may_padding_included(tiny, user, tex
 
 
 def test_sliding_window_models_are_not_given_padding_inside_a_prompt(tmp_path: Path, user):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    folder = make_tiny(tmp_path)
-    torch.manual_seed(0)
-    size = len(AutoTokenizer.from_pretrained(folder))
-    config = MistralConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=16, eos_token_id=1, pad_token_id=0, initializer_range=0.3,
-    )  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(folder)
+    folder = make_other(tmp_path, "sliding")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
     prompts = [user(t) for t in TEXTS]
-    engine = Transformers(str(folder), dtype="float32")
+    engine = Transformers(folder, dtype="float32")
     assert engine.generate(prompts, max_tokens=8) == [[greedy(plain, p, 8)] for p in prompts]
 
 
