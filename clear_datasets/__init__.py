@@ -13,8 +13,9 @@ from clear_datasets.apply import curated, restore
 from clear_datasets.calibrate import calibrate
 from clear_datasets.confidence import BSDetector
 from clear_datasets.decide import above, decide, threshold
-from clear_datasets.formats import Chat, Columns, Example, infer
+from clear_datasets.formats import Chat, Columns, Example
 from clear_datasets.hub import push_to_hub
+from clear_datasets.infer_format import infer
 from clear_datasets.preference import ByConfidence, Pairwise
 from clear_datasets.report import plot, report
 from clear_datasets.similarity import LLM, NLI, Embedding, FinalAnswer, Jaccard

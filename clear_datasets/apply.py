@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clear_datasets.decide import DECISIONS_REVISION, is_empty
-from clear_datasets.formats import Format, FormatError, RowOf, infer_rows, of_row
+from clear_datasets.formats import Format, FormatError
+from clear_datasets.infer_format import RowOf, infer_rows, of_row
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

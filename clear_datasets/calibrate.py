@@ -12,7 +12,8 @@ import numpy.typing as npt
 from clear_datasets import noise as makers
 from clear_datasets.apply import OURS
 from clear_datasets.confidence import BSDetector, Confidence
-from clear_datasets.formats import Format, FormatError, infer, without_media
+from clear_datasets.formats import Format, FormatError
+from clear_datasets.infer_format import infer, without_media
 from clear_datasets.intervals import FEW, Interval, auroc_of_all, bootstrap, interval, rarer, share
 
 if TYPE_CHECKING:

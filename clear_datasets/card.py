@@ -284,7 +284,7 @@ def _examples(rows: Dataset, clear: Clear | None, audited: bool) -> dict[str, li
     """A few rows of each decision: of those kept and dropped the least confident."""
     import numpy as np
 
-    from clear_datasets.formats import infer_dataset, of_row, without_media
+    from clear_datasets.infer_format import infer_dataset, of_row, without_media
 
     if "clear_decision" not in rows.column_names or not len(rows):
         return {}

@@ -111,7 +111,7 @@ def estimate(
 def _tuning(kept: Dataset, clear: Clear, chats: Chats, training: int, writer: str, rounds: int) -> Cost:
     """The cost of fine-tuning on as many rows like the kept ones, by that of a few steps."""
     from clear_datasets.finetune import BATCH, EPOCHS, finetune
-    from clear_datasets.formats import infer
+    from clear_datasets.infer_format import infer
 
     whole = kept.select([i % len(kept) for i in range(max(len(kept), BATCH * (1 + _STEPS)))])  # no batch is short
     model: dict[str, Any] = {"revision": clear.revision, "format": clear.format, "save_strategy": "no"}

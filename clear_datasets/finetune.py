@@ -17,7 +17,8 @@ from clear_datasets.encoders import close_encoders
 from clear_datasets.engines import PromptError
 from clear_datasets.engines.chats import Chats, tokenizer_of
 from clear_datasets.engines.checkpoint import best_device, fast_dtype, source_of, stamp, stated_ends, unload
-from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
+from clear_datasets.formats import Example, Format, FormatError
+from clear_datasets.infer_format import RowOf, infer_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clear_datasets.engines import Messages
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 Row = Mapping[str, Any]
 
@@ -182,127 +182,6 @@ class Chat:
                 f"known are {', '.join(_ROLES)}: name yours with Chat(..., role=, content=, user=, assistant=)"
             )
         return _ROLES[name]
-
-
-_KNOWN: tuple[tuple[tuple[str, ...], Format], ...] = (
-    (("messages",), Chat("messages")),
-    (("conversations",), Chat("conversations", role="from", content="value")),
-    (("prompt", "response"), Columns("prompt", "response")),
-    (("prompt", "completion"), Columns("prompt", "completion")),
-    (("instruction", "input", "output"), Columns("instruction", "output", input="input")),
-    (("instruction", "output"), Columns("instruction", "output")),
-    (("context", "question", "answer"), Columns("question", "answer", context="context")),
-    (("question", "answer"), Columns("question", "answer")),
-)
-
-
-_TURN = ({"role", "content"}, {"from", "value"})  # keys of a turn
-
-
-def infer(columns: Mapping[str, Any]) -> Format:
-    """The format of a dataset, by the names of its columns.
-
-    Args:
-        columns: ``ds.features``, or one row.
-
-    Raises:
-        FormatError: No known set of columns is there.
-
-    Examples:
-        >>> infer({"question": "Who?", "answer": "Ada"})
-        Columns(prompt='question', response='answer', input=None, context=None, system=None)
-    """
-    for names, form in _KNOWN:
-        if all(name in columns for name in names):
-            if isinstance(form, Chat) and (keys := _keys(columns[form.column])):
-                return Chat(form.column, "from", "value") if _TURN[1] <= keys else Chat(form.column)
-            if isinstance(form, Columns) and "system" in columns:
-                return replace(form, system="system")
-            return form
-    known = "; ".join(", ".join(names) for names, _ in _KNOWN)
-    raise FormatError(
-        f"found the columns {', '.join(map(repr, columns)) or '(none)'}, and know: {known}. Name yours: "
-        "--prompt and --response, or "
-        'Clear(format=Columns(prompt="...", response="...")) or Clear(format=Chat("...", role="...", content="..."))'
-    )
-
-
-def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
-    """The format of some rows, by the first value of a column that is a chat as most are: bad rows change no others."""
-    return infer(_Firsts(rows))
-
-
-def infer_dataset(ds: Dataset) -> Format:
-    """The format of a dataset, by its first 1,000 rows."""
-    return infer_rows(without_media(ds)[:1000])
-
-
-def of_row(most: Format, row: Row) -> Format:
-    """The format of a row: that of most rows, or another one, in which a batch of its like was read."""
-    try:
-        most.read(row)
-    except FormatError:
-        return infer(row)
-    return most
-
-
-def without_media(ds: Dataset) -> Dataset:
-    """Without columns of images, sounds and the like, which reading a row would decode."""
-    return ds.select_columns([name for name, feature in ds.features.items() if not _is_media(feature)])
-
-
-def _is_media(feature: Any) -> bool:
-    while hasattr(feature, "feature"):  # a list of them
-        feature = feature.feature
-    return hasattr(feature, "embed_storage")
-
-
-class _Lazily(Mapping[str, Any]):
-    """Values by column, read when asked for: what is not looked at is neither decoded nor written anew."""
-
-    def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        self.columns = columns
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.columns)
-
-    def __len__(self) -> int:
-        return len(self.columns)
-
-    def __contains__(self, name: object) -> bool:
-        return name in list(self.columns)
-
-
-class _Firsts(_Lazily):
-    def __getitem__(self, name: str) -> Any:
-        values = self.columns[name]
-        chats = [(v, _TURN[1] <= _keys(v)) for v in values if any(keys <= _keys(v) for keys in _TURN)]
-        most = 2 * sum(second for _, second in chats) > len(chats)
-        return next((v for v, second in chats if second == most), values[0] if len(values) else None)
-
-
-class RowOf(_Lazily):
-    """Row `number` of a batch.
-
-    Examples:
-        >>> RowOf({"question": ["Who?", "Where?"]}, 1)["question"]
-        'Where?'
-    """
-
-    def __init__(self, columns: Mapping[str, Sequence[Any]], number: int) -> None:
-        super().__init__(columns)
-        self.number = number
-
-    def __getitem__(self, name: str) -> Any:
-        return self.columns[name][self.number]
-
-
-def _keys(turns: Any) -> set[str]:
-    """The keys of the turns of a chat, from a feature (a List of a struct) or a value (a list of dicts)."""
-    inner = getattr(turns, "feature", turns)
-    if isinstance(inner, list):
-        inner = inner[0] if inner else {}
-    return set(inner) if isinstance(inner, Mapping) else set()
 
 
 def _message(message: Any, column: str) -> dict[str, str]:

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clear_datasets.formats import Format, infer_dataset, without_media
+from clear_datasets.formats import Format
+from clear_datasets.infer_format import infer_dataset, without_media
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -88,7 +88,8 @@ Preference = Annotated[Judge, typer.Option(help=_JUDGING)]
 def format_of(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
               system: str | None) -> Format | None:  # fmt: skip
     """The format of named columns; those that are not named are inferred, all of them where none is."""
-    from clear_datasets.formats import Columns, FormatError, infer_dataset
+    from clear_datasets.formats import Columns, FormatError
+    from clear_datasets.infer_format import infer_dataset
 
     named = {"prompt": prompt, "response": response, "input": input, "context": context, "system": system}
     given: dict[str, Any] = {n: c or None for n, c in named.items() if c is not None and (c or n in AROUND)}

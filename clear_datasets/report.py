@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from clear_datasets.decide import Failed, threshold
 from clear_datasets.files import write_text
-from clear_datasets.formats import Format, FormatError, infer_dataset, of_row, without_media
+from clear_datasets.formats import Format, FormatError
+from clear_datasets.infer_format import infer_dataset, of_row, without_media
 
 if TYPE_CHECKING:
     import altair

@@ -110,7 +110,7 @@ def keep_shard(out: Path, clear: Clear, stages: Stages, rows: Dataset) -> None:
 
 def _digest(rows: Dataset) -> str:
     """Of 1,000 rows from all over, which other rows, or these in another order, do not have."""
-    from clear_datasets.formats import without_media
+    from clear_datasets.infer_format import without_media
 
     spread = {i * len(rows) // 1000 for i in range(1000)}
     taken = without_media(rows).select(sorted(spread))

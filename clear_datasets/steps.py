@@ -19,7 +19,8 @@ from clear_datasets.encoders import close_encoders
 from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.cache import cached
 from clear_datasets.engines.checkpoint import commit_of, stamp
-from clear_datasets.formats import Example, Format, FormatError, RowOf, infer_rows
+from clear_datasets.formats import Example, Format, FormatError
+from clear_datasets.infer_format import RowOf, infer_rows
 from clear_datasets.preference import ByConfidence, Preference
 
 if TYPE_CHECKING:

@@ -95,7 +95,8 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from clear_datasets.formats import FormatError, infer_dataset, of_row, without_media
+    from clear_datasets.formats import FormatError
+    from clear_datasets.infer_format import infer_dataset, of_row, without_media
 
     confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)

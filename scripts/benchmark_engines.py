@@ -39,7 +39,7 @@ from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from clear_datasets.engines.vllm_process import load
-from clear_datasets.formats import infer_rows
+from clear_datasets.infer_format import infer_rows
 from clear_datasets.steps import SCORES_REVISION
 
 DATA = Path(__file__).parent / "data"

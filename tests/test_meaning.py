@@ -45,7 +45,7 @@ def test_copied_sentences_are_found_where_the_instruction_comes_first(rows, half
 
 
 def test_a_gguf_file_is_converted_once(half_billion):
-    from clear_datasets.engines.checkpoint import from_gguf
+    from clear_datasets.engines.gguf import from_gguf
 
     folder = from_gguf(Path(half_billion))
     before = sorted((f.name, f.stat().st_mtime_ns) for f in folder.iterdir())

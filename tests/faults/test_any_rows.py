@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear_datasets import Chat, Clear, Columns, curated, decide, restore
-from clear_datasets.formats import Format, FormatError, infer_rows
+from clear_datasets.formats import Format, FormatError
+from clear_datasets.infer_format import infer_rows
 from tests.conftest import Scripted
 
 NAMES = ("role", "content", "from", "value", "tool_calls")
