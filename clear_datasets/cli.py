@@ -165,6 +165,7 @@ def curate(
         older = ("candidate", "agreed", "preference", "position_bias", "decision")  # of an audit as SRC
         whole = whole.remove_columns([c for c in whole.column_names if c in {f"clear_{name}" for name in older}])
         if all(whole["clear_error"][:]):
+            results.forget(out)
             write(whole, audit)
             summary(whole, audit, clear, None)
         cut = threshold(whole, keep) if gamma is None else gamma

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as brief
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from clear_datasets.engines import Messages
-
-if TYPE_CHECKING:
-    pass
 
 Row = Mapping[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,18 +104,9 @@ def _split_of(name: str) -> str:
 
 def _load_files(src: str) -> Dataset:
     files = [src] if Path(src).is_file() else [f for f in sorted(glob(src, recursive=True)) if not is_beside(Path(f))]
+    kinds = {Path(f).suffix for f in files}
     if not files:
         raise FileNotFoundError(f"no file matches {src}")
-    return load_files(files, src)
-
-
-def load_files(files: Sequence[str], src: str) -> Dataset:
-    """The rows of files of one kind, one file after the other.
-
-    Raises:
-        ValueError: They are of several kinds, or cannot be read as one dataset; `src` is what they are called.
-    """
-    kinds = {Path(f).suffix for f in files}
     if len(kinds) > 1 or not kinds <= set(LOADERS):
         raise ValueError(f"{src} matches {', '.join(sorted(kinds))} files; expected one of {', '.join(LOADERS)}")
     kind, files = LOADERS[kinds.pop()], [os.path.abspath(f) for f in files]
@@ -197,6 +189,16 @@ def _load_json(files: Sequence[str]) -> Dataset:
             _json_rows, features=Features(texts), gen_kwargs={"files": known, "names": tuple(texts)}
         )
     return again
+
+
+def load_as_one(files: Sequence[Path]) -> Dataset:
+    """The rows of JSON files as if they stood in one, so that their types are those of all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "rows.jsonl"
+        with whole.open("w", encoding="utf-8") as f:
+            for file in files:
+                f.writelines(json.dumps(row) + "\n" for row in _json_values(str(file)))
+        return _load_json([str(whole)])
 
 
 def _texts(feature: Any) -> Any:

@@ -16,7 +16,7 @@ import typer
 
 from clear_datasets import options
 from clear_datasets.files import check_out, write, write_text
-from clear_datasets.reading import SETTINGS, SHARD, is_beside, load, load_files
+from clear_datasets.reading import SETTINGS, SHARD, is_beside, load, load_as_one
 from clear_datasets.terminal import clear_errors, console, visible
 
 if TYPE_CHECKING:
@@ -90,14 +90,20 @@ def push(
 
 def _check_whole(out: Path, rows: Dataset, audit: Dataset) -> None:
     """Refuse an audit of other rows than those of OUT: of a run that was ended between the two."""
+    beside = audit_file(out)
+    if not beside.exists():  # OUT has the decisions itself
+        return
     left = sum(decision != "drop" for decision in audit["clear_decision"][:])
-    wrong = (
-        f"has {len(rows):,} rows, and {audit_file(out).name} keeps {left:,}" if len(rows) != left
-        else f"has no {settings_file(out).name} beside it, which curate writes last" if not settings_file(out).exists()
-        else ""
-    )  # fmt: skip
-    if wrong:
-        raise ValueError(f"{out} {wrong}: run clear-datasets curate again, which asks nothing twice")
+    if len(rows) != left:
+        raise ValueError(
+            f"{out} has {len(rows):,} rows, and {beside.name} keeps {left:,}: run clear-datasets curate again, which "
+            "asks nothing twice, or publish rows that were changed by hand with push_to_hub"
+        )
+    if not settings_file(out).exists():
+        raise ValueError(
+            f"{out} has no {settings_file(out).name} beside it, which curate writes last: copy it along, or run "
+            "clear-datasets curate again, which asks nothing twice"
+        )
 
 
 def keep_shard(out: Path, clear: Clear, stages: Stages, rows: Dataset) -> None:
@@ -138,10 +144,12 @@ def merge(
         _check_shards(ordered, known, parts)
         loaded = [load(str(file), None, None, None, None) for file in ordered]
         _check_rows(ordered, [len(part) for part in loaded], known[ordered[0]]["rows"])
-        if {file.suffix for file in ordered} <= {".json", ".jsonl"}:  # whose types are those of all parts
-            whole = load_files([str(file) for file in ordered], " ".join(parts))
-        else:
+        try:
             whole = concatenate_datasets(loaded)
+        except (ValueError, TypeError):
+            if not {file.suffix for file in ordered} <= {".json", ".jsonl"}:
+                raise
+            whole = load_as_one(ordered)  # JSON has no types: each part has those of its own rows
         forget(out)
         write(whole, out)
         write_text(settings_file(out), _json(known[ordered[0]]["settings"]))
@@ -159,11 +167,12 @@ def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], pa
                     f"{files[0]} and {file} are not parts of one whole: their {name} are {first[name]} and "
                     f"{known[file][name]}"
                 )
-        if known[file].get("digest") != first.get("digest"):
+        digests = {known[file].get("digest"), first.get("digest")} - {None}  # older parts have none
+        if len(digests) > 1:
             raise ValueError(
                 f"{files[0]} and {file} are of other rows: was SRC changed between them? score --shard again"
             )
-        if known[file].get("model_state") != first.get("model_state"):
+        if len({known[file].get("model_state"), first.get("model_state")} - {None}) > 1:
             console.print(
                 f"{files[0]} and {file}: the files of the model differ, or their times do, as those of copies"
             )

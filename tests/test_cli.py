@@ -413,11 +413,17 @@ def test_a_column_that_was_left_out_stays_out_of_the_page(tiny, tmp_path):
         assert ("It is the Rhine." in (tmp_path / f"{name}.html").read_text()) == (name == "with")
 
 
-def test_settings_are_those_of_the_rows_that_are_there(tiny, tmp_path):
-    rows = Dataset.from_dict({"question": ["Where?"], "answer": ["here"], "raw": [b"no JSON"]})
-    rows.to_parquet(tmp_path / "rows.parquet")
-    code, said = command("score", tmp_path / "rows.parquet", "-o", tmp_path / "out.jsonl", "--model", tiny, "-k", "1")
-    assert (code, "JSON has no bytes: end OUT in .parquet" in said) == (1, True), said
+def test_settings_are_those_of_the_rows_that_are_there(source, tiny, tmp_path, monkeypatch):
+    arguments = ("score", source, "-o", tmp_path / "out.jsonl", "--model", tiny, "-k", "1")
+    assert command(*arguments)[0] == 0
+    assert (tmp_path / "out.jsonl.settings.json").exists()
+
+    def fail(rows: Dataset, out: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("clear_datasets.cli.write", fail)
+    code, said = command(*arguments)
+    assert (code, "No space left on device" in said) == (1, True), said
     assert not (tmp_path / "out.jsonl.settings.json").exists()
 
 

@@ -240,3 +240,9 @@ def test_what_json_does_not_have_is_refused_before_it_is_written(feature, tmp_pa
     with pytest.raises(ValueError, match=r"column 'x' would not be read back from JSONL: end OUT, .*, in \.parquet"):
         check_columns(ds, tmp_path / "a.jsonl")
     check_columns(ds, tmp_path / "a.parquet")
+
+
+def test_bytes_in_json_end_in_an_error(tmp_path):
+    with pytest.raises(TypeError, match=r"JSON has no bytes: end OUT in \.parquet"):
+        write(Dataset.from_dict({"raw": [b"no JSON"]}), tmp_path / "a.jsonl")
+    assert not list(tmp_path.iterdir())

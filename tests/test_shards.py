@@ -152,7 +152,8 @@ def test_parts_in_json_whose_types_differ_are_one_whole(parts):
     for name, talk in zip("cba", [[{"role": "user"}], None, [{"role": "user", "tool": {"x": 1}}]], strict=True):
         file = parts / f"part-{name}.jsonl"
         rows = Dataset.from_parquet(str(parts / f"part-{name}.parquet")).to_list()
-        file.write_text("\n".join(json.dumps({**row, "n": 1 if name == "c" else 0.5, "talk": talk}) for row in rows))
+        more = {"n": 1 if name == "c" else 0.5, "talk": talk, "late": None if name == "c" else "x"}
+        file.write_text("\n".join(json.dumps({**row, **more}) for row in rows))
         shutil.copy(parts / f"part-{name}.parquet.shard.json", f"{file}.shard.json")
     code, said = command("merge", parts / "part-*.jsonl", "-o", parts / "joined.jsonl")
     assert code == 0, said
@@ -160,6 +161,7 @@ def test_parts_in_json_whose_types_differ_are_one_whole(parts):
     assert [{k: r[k] for k in ROWS[0]} for r in joined] == ROWS
     assert [r["n"] for r in joined[::3]] == [1, 0.5, 0.5]
     assert joined[8]["talk"][0]["tool"] == {"x": 1}
+    assert [r["late"] for r in joined[::3]] == [None, "x", "x"]
 
 
 def test_a_batch_that_lost_its_rows_is_scored_again(parts, tiny):  # noqa: F811

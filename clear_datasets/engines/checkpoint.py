@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import EngineError, hint_at_ranks
 from clear_datasets.engines.chats import DATE, Chats, tokenizer_of
-from clear_datasets.engines.gguf import from_gguf
+from clear_datasets.engines.gguf import from_gguf, head_holds
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,9 @@ def stamp(model: str) -> str:
 
 def _dated(folder: Path) -> list[str]:
     """The date that a model is told whose chat template asks for it; before, it was that of the day."""
-    return [f"on {DATE}"] if holds(folder, "strftime_now", *_TEMPLATES) else []
+    word = "strftime_now"
+    asks = head_holds(folder, word.encode()) if folder.is_file() else holds(folder, word, *_TEMPLATES)
+    return [f"on {DATE}"] if asks else []
 
 
 def holds(folder: Path, word: str, *names: str) -> bool:

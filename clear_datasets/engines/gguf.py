@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,22 @@ def from_gguf(file: Path) -> Path:
     return folder
 
 
-def _check_positions(file: Path) -> None:
-    """Refuse a GGUF file whose scaled positions `transformers` would drop without a word, as of Llama-3.1."""
+def head_holds(file: Path, *words: bytes) -> bool:
+    """Whether one of the words stands in the metadata of a file, or among the names of its tensors."""
+    seen = file.stat()
+    return _head_holds(file, seen.st_size, seen.st_mtime_ns, *words)
+
+
+@lru_cache
+def _head_holds(file: Path, size: int, changed: int, *words: bytes) -> bool:
     with file.open("rb") as f:
         head = f.read(_HEAD)
-    if not any(name in head for name in (b"rope_freqs.weight", b"rope_factors_long.weight")):
+    return any(word in head for word in words)
+
+
+def _check_positions(file: Path) -> None:
+    """Refuse a GGUF file whose scaled positions `transformers` would drop without a word, as of Llama-3.1."""
+    if not head_holds(file, b"rope_freqs.weight", b"rope_factors_long.weight"):
         return
     from transformers import AutoConfig
 

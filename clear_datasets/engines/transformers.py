@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -41,7 +42,7 @@ class Transformers(Queued):
             other devices.
         device: ``"cuda"``, ``"mps"`` or ``"cpu"``; by default the first of them that is there.
         batch_tokens: Tokens in one forward pass; by default 4,096 on a CPU and 32,768 on a GPU. Where the GPU's memory
-            runs short, what is under way begins anew in batches of half the size, which all that follows keeps to.
+            runs short, what is under way begins anew in batches of half the size, which grow again in later calls.
         seed: Where samples begin.
         trust_remote_code: Whether a model may run the code that comes with it.
         adapter: A folder with a LoRA adapter that is merged into the model (needs `peft`).
@@ -96,8 +97,8 @@ class Transformers(Queued):
 
         requests, known = plan(asks, checkpoint.chats)
         found, share = _Found(asks, checkpoint, known), checkpoint.shares_prefix
-        budget = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
-        budget = budget if checkpoint.budget is None else checkpoint.budget
+        usual = self.batch_tokens or (_CPU_TOKENS if checkpoint.device.type == "cpu" else _GPU_TOKENS)
+        budget = start = usual if checkpoint.budget is None else checkpoint.budget
         rest = list(windows(group(requests, share), budget))
         while rest or found.waiting:
             last, short = not rest, False
@@ -113,11 +114,14 @@ class Transformers(Queued):
                     raise
                 short = True
             if short:  # not in the handler: what it handles still holds the memory
+                warnings.warn(f"{checkpoint.device} ran short of memory: smaller batches for a while", stacklevel=2)
                 again = group(found.restart(), share)
                 torch.cuda.empty_cache()
                 budget = checkpoint.budget = budget // 2
                 rest = list(windows([*window, *chain.from_iterable(rest), *again], budget))
             found.tell()
+        if budget == start:  # nothing was short: it may have been one long row, or another program
+            checkpoint.budget = None if 2 * budget >= usual else 2 * budget or 1
         return found.answers()
 
     def _window(

@@ -33,11 +33,12 @@ def test_a_model_that_is_told_a_date_is_another_when_it_is_told_another_date(tmp
         model(hub / "snapshots" / commit, template)
         (hub / "refs").mkdir()
         (hub / "refs" / "main").write_text(commit)
-        names += [f"{kind.__name__}/{name}", model(tmp_path / name, template)]
+        (tmp_path / f"{name}.gguf").write_text(template)  # in its metadata
+        names += [f"{kind.__name__}/{name}", model(tmp_path / name, template), str(tmp_path / f"{name}.gguf")]
     before = [kind(name).identity for name in names]
     monkeypatch.setattr("clear_datasets.engines.checkpoint.DATE", datetime.date(2027, 1, 1))
     changed = [kind(name).identity != identity for name, identity in zip(names, before, strict=True)]
-    assert changed == [True, True, False, False]
+    assert changed == [True] * 3 + [False] * 3
 
 
 def test_the_length_is_part_of_the_identity_where_it_changes_the_positions(tmp_path):

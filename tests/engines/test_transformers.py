@@ -311,13 +311,19 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, tmp_path, user, mo
     monkeypatch.setattr(module, name, small)
     for limit in (6, 1):
         sizes.clear()
-        found = engine.answer(asks)
+        with pytest.warns(UserWarning, match="ran short of memory: smaller batches"):
+            found = engine.answer(asks)
         assert (tried := max(sizes)) > limit
         assert found.generated == wanted.generated
         np.testing.assert_allclose(found.chosen, wanted.chosen, rtol=1e-4)
         sizes.clear()
         engine.answer(asks)  # goes on with what has fitted
         assert max(sizes) < tried
+    limit = 100  # memory is free again, and each call takes more of it
+    for _ in range(14):
+        sizes.clear()
+        engine.answer(asks)
+    assert max(sizes) > 6
     limit = 0
     with pytest.raises(EngineError, match="too little memory for one request"):
         engine.answer(asks)
