@@ -450,10 +450,11 @@ def push_images(folder: str) -> str:
 
 
 def test_images_count_in_the_size_of_a_file(hub, client, tmp_path):
+    (tmp_path / "images").mkdir()
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 255, (400, 400, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")  # of 480 kB
-    client(push_images, str(tmp_path))
+        PIL.Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")  # of 480 kB
+    client(push_images, str(tmp_path / "images"))
     assert sum("audit/" in name for name in hub.files("me/x")) == 3
     found = client(load, config="audit")["train"]
     assert [image.size for image in found["image"]] == [(400, 400)] * 6

@@ -138,9 +138,12 @@ def test_parts_of_a_model_that_changed_in_between_are_told(parts):
 
 
 def test_a_part_says_nothing_of_rows_that_could_not_be_written(parts, tiny, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("datasets.Dataset.to_parquet", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    def fail(rows: Dataset, out: Path) -> None:
+        raise OSError(28, "disk full")
+
     out = parts / "part-b.parquet"
     before = out.read_bytes()
+    monkeypatch.setattr("clear_datasets.cli.write", fail)
     code, said = command("score", parts / "train.jsonl", "-o", out, "-m", tiny, "-k", "1", "--shard", "2/3")
     assert (code, "disk full" in said) == (1, True), said
     assert out.read_bytes() == before
@@ -165,11 +168,25 @@ def test_parts_in_json_whose_types_differ_are_one_whole(parts):
 
 
 def test_a_batch_that_lost_its_rows_is_scored_again(parts, tiny):  # noqa: F811
+    arguments = (
+        "score",
+        parts / "train.jsonl",
+        "-o",
+        parts / "whole.parquet",
+        "-m",
+        tiny,
+        "-k",
+        "1",
+        "--batch-size",
+        "3",
+    )
+    shutil.rmtree(parts / "clear_stages")
+    assert command(*arguments)[0] == 0
     whole = (parts / "whole.parquet").read_bytes()
     (batch,) = (parts / "clear_stages").glob("score-*/000000003-000000006.parquet")
     for rest in (b"", batch.read_bytes()[:100]):
         batch.write_bytes(rest)
-        code, said = command("score", parts / "train.jsonl", "-o", parts / "whole.parquet", "-m", tiny, "-k", "1")
+        code, said = command(*arguments)
         assert code == 0, said
         assert "6 from an earlier run" in said
         assert (parts / "whole.parquet").read_bytes() == whole
