@@ -93,27 +93,27 @@ def test_curate_corrects_with_a_writer_that_it_fine_tunes_or_is_given(source, ti
     assert all(not a["clear_candidate"] for a in audit if a["clear_decision"] == "keep")
     folder = tmp_path / "curated.jsonl.writer"
     assert (folder / "adapter_config.json").is_file()
-    again = run("curate", source, "-o", out, *settings)
+    again = here("curate", source, "-o", out, *settings)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("9 from an earlier run") == 3
     assert lines(out) == wanted
     audit_as_source = tmp_path / "curated.jsonl.audit.parquet"  # its candidates are not this run's
-    plain = run("curate", audit_as_source, "-o", tmp_path / "plain.jsonl", "--model", tiny, "--samples", "2")
+    plain = here("curate", audit_as_source, "-o", tmp_path / "plain.jsonl", "--model", tiny, "--samples", "2")
     assert plain.returncode == 0, plain.stderr
     assert {r["answer"] for r in lines(tmp_path / "plain.jsonl")} <= {r["answer"] for r in ROWS}
-    over = run("curate", audit_as_source, "-o", out, *settings)
+    over = here("curate", audit_as_source, "-o", out, *settings)
     assert (over.returncode, "OUT is SRC" in over.stderr) == (2, True)
-    given = run("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
+    given = here("curate", source, "-o", tmp_path / "two.jsonl", *settings, "--writer", folder)
     assert given.returncode == 0, given.stderr
     assert lines(tmp_path / "two.jsonl") == wanted
-    rounds = run("curate", source, "-o", tmp_path / "three.jsonl", *settings, "--rounds", "2")
+    rounds = here("curate", source, "-o", tmp_path / "three.jsonl", *settings, "--rounds", "2")
     assert rounds.returncode == 0, rounds.stderr
     assert "fine-tuning on 4 rows" in rounds.stderr
     assert f"fine-tuning on {len(wanted) - 1} rows" in rounds.stderr  # one has no score
     assert (tmp_path / "three.jsonl.writer2" / "adapter_config.json").is_file()
-    wrong = run("curate", source, "-o", out, "--model", tiny, "--writer", folder)
+    wrong = here("curate", source, "-o", out, "--model", tiny, "--writer", folder)
     assert (wrong.returncode, "go with --correct" in wrong.stderr) == (2, True)
-    wrong = run("curate", source, "-o", out, *settings, "--writer", folder, "--finetune")
+    wrong = here("curate", source, "-o", out, *settings, "--writer", folder, "--finetune")
     assert (wrong.returncode, "leave out --writer" in wrong.stderr) == (2, True)
 
 
@@ -124,10 +124,10 @@ def test_rows_that_the_writer_agrees_with_are_kept_where_that_is_asked_for(tiny,
     rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = ("--model", tiny, "--samples", "1", "--correct", "--writer", tiny, "--gamma", "1", "--eta", "1")
-    done = run("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", *settings, "--keep-agreed")
+    done = here("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", *settings, "--keep-agreed")
     assert done.returncode == 0, done.stderr
     assert lines(tmp_path / "out.jsonl") == [r for r in rows if r["answer"] != "Rome"] != []
-    done = run("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", *settings)
+    done = here("curate", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl", *settings)
     assert done.stderr.count("6 from an earlier run") == 3, done.stderr  # a decision costs nothing
     assert lines(tmp_path / "out.jsonl") == []
 
@@ -149,14 +149,14 @@ def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_pa
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert len(list(tmp_path.glob("clear_stages/*/*.parquet"))) < len(ROWS)
     (tmp_path / "fresh[1]").mkdir()
-    fresh = run(*arguments[:3], tmp_path / "fresh[1]" / "scored.jsonl", *arguments[4:])
+    fresh = here(*arguments[:3], tmp_path / "fresh[1]" / "scored.jsonl", *arguments[4:])
     assert fresh.returncode == 0, fresh.stderr
     assert lines(out) == lines(tmp_path / "fresh[1]" / "scored.jsonl")
     others = (*arguments[4:-1], "4", "--preference", "confidence")  # of which no score depends
     for cache in ((), ("--no-cache",)):  # nor of where answers are kept
-        curated = run("curate", *arguments[1:3], tmp_path / "curated.jsonl", *others, *cache)
+        curated = here("curate", *arguments[1:3], tmp_path / "curated.jsonl", *others, *cache)
         assert "9 from an earlier run" in curated.stderr
-    other = run(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken
+    other = here(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken
     assert other.returncode == 0, other.stderr
     assert "earlier run" not in other.stderr
 
@@ -175,7 +175,7 @@ def test_estimate_counts_every_stage_of_all_rows(source, tiny, tmp_path):
     written = {stage: int(cost[1].replace(",", "")) for stage, cost in costs.items()}
     assert written["fine-tune"] == 0 < written["propose"]
     assert written["score"] >= 2 * 8  # two samples of the eight rows that can be asked
-    few = run(*arguments, "--keep", "0.01")  # of so few rows that is none
+    few = here(*arguments, "--keep", "0.01")  # of so few rows that is none
     assert few.returncode == 0, few.stderr
     assert not list(tmp_path.glob("clear_stages"))
 

@@ -320,9 +320,10 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(tiny, tmp_path, user, mo
         engine.answer(asks)  # goes on with what has fitted
         assert max(sizes) < tried
     limit = 100  # memory is free again, and each call takes more of it
+    sizes.clear()
     for _ in range(14):
-        sizes.clear()
-        engine.answer(asks)
+        if max(sizes, default=0) <= 6:
+            engine.answer(asks)
     assert max(sizes) > 6
     limit = 0
     with pytest.raises(EngineError, match="too little memory for one request"):
