@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clear_datasets.decide import DECISIONS_REVISION, is_empty
 from clear_datasets.formats import Format, FormatError
-from clear_datasets.infer_format import RowOf, infer_rows, of_row
+from clear_datasets.infer_format import RowOf, of_each
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -117,7 +117,7 @@ class _Replace:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         if "clear_candidate" not in batch:  # of a stream that did not tell
             return {}
-        form = self.format or infer_rows(batch)
+        form_of = of_each(self.format, batch)
         before = batch["clear_original"] if "clear_original" in batch else [""] * len(batch["clear_decision"])
         originals = [original or "" for original in before]  # of an earlier round, which stay
         changed: dict[str, list[Any]] = {"clear_original": originals}
@@ -125,7 +125,7 @@ class _Replace:
             if decision == "replace" and (candidate := batch["clear_candidate"][i]):
                 row = RowOf(batch, i)
                 with suppress(FormatError):  # it has no target that could be replaced
-                    own = self.format or of_row(form, row)
+                    own = form_of(row)
                     originals[i] = originals[i] or own.read(row).response
                     _put(changed, batch, i, own.write(row, candidate))
         return changed
@@ -139,12 +139,12 @@ class _Restore:
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         if "clear_original" not in batch:
             return {}
-        form = self.format or infer_rows(batch)
+        form_of = of_each(self.format, batch)
         changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
         for i, original in enumerate(batch["clear_original"]):
             if original:
                 row = RowOf(batch, i)
-                _put(changed, batch, i, (self.format or of_row(form, row)).write(row, original))
+                _put(changed, batch, i, form_of(row).write(row, original))
         return changed
 
 

@@ -284,12 +284,12 @@ def _examples(rows: Dataset, clear: Clear | None, audited: bool) -> dict[str, li
     """A few rows of each decision: of those kept and dropped the least confident."""
     import numpy as np
 
-    from clear_datasets.infer_format import infer_dataset, of_row, without_media
+    from clear_datasets.infer_format import of_each, without_media
 
     if "clear_decision" not in rows.column_names or not len(rows):
         return {}
-    rows, given = without_media(rows), clear.format if clear else None
-    most = given or infer_dataset(rows)
+    rows = without_media(rows)
+    form_of = of_each(clear.format if clear else None, rows)
     scores = np.asarray(rows["clear_confidence"][:], dtype=float)
     decisions = np.array(rows["clear_decision"][:])
     found: dict[str, list[dict[str, str]]] = {}
@@ -297,7 +297,7 @@ def _examples(rows: Dataset, clear: Clear | None, audited: bool) -> dict[str, li
         chosen = np.flatnonzero((decisions == decision) & ~np.isnan(scores))
         chosen = chosen[np.argsort(scores[chosen], kind="stable")][:_EXAMPLES]
         examples = [rows[int(i)] for i in chosen]
-        found[title] = [_example(row, given or of_row(most, row), audited) for row in examples]
+        found[title] = [_example(row, form_of(row), audited) for row in examples]
     return {title: shown for title, shown in found.items() if shown}
 
 

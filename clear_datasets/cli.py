@@ -149,8 +149,7 @@ def curate(
         check_out(audit, src)
         if not correct and (writer or finetune or keep_agreed or rounds > 1):
             raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")
-        if correct and writer is None and not (find_spec("trl") and find_spec("peft")):
-            raise ImportError('--correct fine-tunes MODEL, with trl and peft: pip install "clear-datasets[train]"')
+        _check_training(correct, writer)
         stages = options.stages(out, batch_size, replicas, ray)
         if writer and (finetune or rounds > 1):
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
@@ -218,6 +217,7 @@ def estimate(
     with clear_errors(2):
         if not correct and (writer or rounds > 1):
             raise ValueError("--writer and --rounds go with --correct")
+        _check_training(correct, writer)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         form = options.format_of(rows, prompt, response, input, context, system)
@@ -279,6 +279,16 @@ app.command(epilog=_EXAMPLES)(results.report)
 app.command(epilog=_EXAMPLES)(results.push)
 app.command(epilog=_EXAMPLES)(results.merge)
 app.add_typer(cache_commands.app, name="cache")
+
+
+def _check_training(correct: bool, writer: str | None) -> None:
+    """Refuse to fine-tune without the packages for it, before rows are asked for.
+
+    Raises:
+        ImportError: One of them is not installed.
+    """
+    if correct and writer is None and not (find_spec("trl") and find_spec("peft")):
+        raise ImportError('--correct fine-tunes MODEL, with trl and peft: pip install "clear-datasets[train]"')
 
 
 def _with_scores(rows: Dataset, src: str) -> Dataset:

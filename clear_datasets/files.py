@@ -17,6 +17,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clear_datasets.infer_format import is_media
 from clear_datasets.reading import LOADERS, is_folder_of_files
 
 if TYPE_CHECKING:
@@ -59,20 +60,19 @@ def check_columns(ds: Dataset, out: Path) -> None:
     Raises:
         ValueError: OUT is a CSV or JSON file, and a column holds them.
     """
-    from datasets import ClassLabel, Value
-
-    if out.suffix == ".csv":
-        wrong = [repr(name) for name, f in ds.features.items() if not isinstance(f, Value | ClassLabel)]
-        instead = ".jsonl or .parquet"
-    else:
-        json = out.suffix in (".jsonl", ".json")
-        wrong = [repr(name) for name, f in ds.features.items() if json and not _is_json(f)]
-        instead = ".parquet"
+    holds = {".csv": _is_flat, ".jsonl": _is_json, ".json": _is_json}.get(out.suffix)
+    wrong = [repr(name) for name, feature in ds.features.items() if holds and not holds(feature)]
     if wrong:
         raise ValueError(
             f"column{'s' * (len(wrong) > 1)} {', '.join(wrong)} would not be read back from {out.suffix[1:].upper()}: "
-            f"end OUT, {out}, in {instead}"
+            f"end OUT, {out}, in {'.jsonl or ' * (holds is _is_flat)}.parquet"
         )
+
+
+def _is_flat(feature: Any) -> bool:
+    from datasets import ClassLabel, Value
+
+    return isinstance(feature, Value | ClassLabel)
 
 
 def _is_json(feature: Any) -> bool:
@@ -81,10 +81,8 @@ def _is_json(feature: Any) -> bool:
         return all(map(_is_json, feature.values()))
     if hasattr(feature, "feature"):
         return _is_json(feature.feature)
-    return not (
-        hasattr(feature, "embed_storage")
-        or re.match("(large_)?binary|duration|decimal", getattr(feature, "dtype", None) or "")
-    )
+    dtype = getattr(feature, "dtype", None) or ""
+    return not (is_media(feature) or re.match("(large_)?binary|duration|decimal", dtype))
 
 
 def check_folder(out: Path | None, src: str | None, kept: Path) -> None:

@@ -252,8 +252,9 @@ def _wait(error: Exception, usual: float) -> float | None:
     """Seconds after which another try may succeed; None where none will, be it refused or an error of this machine."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OfflineModeIsEnabled):
+    for seen in _causes(error):
+        if isinstance(seen, OfflineModeIsEnabled):
+            return None
         if (response := getattr(seen, "response", None)) is not None:
             after = response.headers.get("Retry-After", "")
             busy = response.status_code in _BUSY
@@ -263,16 +264,19 @@ def _wait(error: Exception, usual: float) -> float | None:
             return usual
         if type(seen) is RuntimeError and seen.__cause__ is seen.__context__ is None:
             return usual  # older hf_xet says no more of a network that fails
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def of_the_hub(error: Exception) -> bool:
     """Whether the Hub refused, or was out of reach: its clients have exceptions of many kinds for that."""
-    chain: BaseException | None = error
-    while chain is not None and getattr(chain, "response", None) is None:
-        chain = chain.__cause__ or chain.__context__
-    return chain is not None or _wait(error, 0) is not None
+    refused = any(getattr(cause, "response", None) is not None for cause in _causes(error))
+    return refused or _wait(error, 0) is not None
 
 
 def source_of(parts: Iterable[Dataset]) -> str:

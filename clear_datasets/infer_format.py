@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,21 +64,29 @@ def infer_dataset(ds: Dataset) -> Format:
     return infer_rows(without_media(ds)[:1000])
 
 
-def of_row(most: Format, row: Row) -> Format:
-    """The format of a row: that of most rows, or another one, in which a batch of its like was read."""
-    try:
-        most.read(row)
-    except FormatError:
-        return infer(row)
-    return most
+def of_each(given: Format | None, rows: Dataset | Mapping[str, Sequence[Any]]) -> Callable[[Row], Format]:
+    """Tells the format of a row: what is given, else that of most rows, or another one that a batch of its like has."""
+    if given is not None:
+        return lambda row: given
+    most = infer_rows(rows) if isinstance(rows, Mapping) else infer_dataset(rows)
+
+    def own(row: Row) -> Format:
+        try:
+            most.read(row)
+        except FormatError:
+            return infer(row)
+        return most
+
+    return own
 
 
 def without_media(ds: Dataset) -> Dataset:
     """Without columns of images, sounds and the like, which reading a row would decode."""
-    return ds.select_columns([name for name, feature in ds.features.items() if not _is_media(feature)])
+    return ds.select_columns([name for name, feature in ds.features.items() if not is_media(feature)])
 
 
-def _is_media(feature: Any) -> bool:
+def is_media(feature: Any) -> bool:
+    """Whether a column is of images, sounds or the like, or of lists of them."""
     while hasattr(feature, "feature"):  # a list of them
         feature = feature.feature
     return hasattr(feature, "embed_storage")

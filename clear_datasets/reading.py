@@ -161,9 +161,8 @@ def _csv_columns(file: str) -> list[str]:
         found = pd.read_csv(file, nrows=1)
     except ValueError as error:
         raise ValueError(f"cannot read {file}: {error}; expected CSV in UTF-8, names of columns first") from error
-    if not isinstance(
-        found.index, pd.RangeIndex
-    ):  # pandas takes what is too much for names of rows, and moves the rest
+    # pandas takes what is too much for names of rows, and moves the rest.
+    if not isinstance(found.index, pd.RangeIndex):
         raise ValueError(
             f"cannot read {file}: its first row has more cells than the {len(found.columns)} names of columns: "
             "expected as many; a cell with a comma stands in quotes"

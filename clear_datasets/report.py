@@ -7,7 +7,7 @@ import html
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from clear_datasets.decide import Failed, threshold
 from clear_datasets.files import write_text
 from clear_datasets.formats import Format, FormatError
-from clear_datasets.infer_format import infer_dataset, of_row, without_media
+from clear_datasets.infer_format import of_each, without_media
 
 if TYPE_CHECKING:
     import altair
@@ -189,13 +189,13 @@ def _texts(rows: Dataset, chosen: list[int], format: Format | None) -> list[dict
     if not chosen:
         return []
     rows = without_media(rows)
-    most = format or infer_dataset(rows)
-    return [{"i": i, **_shown(row, format, most)} for i, row in zip(chosen, rows.select(chosen), strict=True)]
+    form_of = of_each(format, rows)
+    return [{"i": i, **_shown(row, form_of)} for i, row in zip(chosen, rows.select(chosen), strict=True)]
 
 
-def _shown(row: Mapping[str, Any], format: Format | None, most: Format) -> dict[str, Any]:
+def _shown(row: Mapping[str, Any], form_of: Callable[[Mapping[str, Any]], Format]) -> dict[str, Any]:
     try:
-        example = (format or of_row(most, row)).read(row)
+        example = form_of(row).read(row)
         prompt, target = example.prompt[-1]["content"], example.response
     except FormatError:
         prompt, target = json.dumps({k: v for k, v in row.items() if not k.startswith("clear_")}, default=str), ""

@@ -167,12 +167,11 @@ def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], pa
                     f"{files[0]} and {file} are not parts of one whole: their {name} are {first[name]} and "
                     f"{known[file][name]}"
                 )
-        digests = {known[file].get("digest"), first.get("digest")} - {None}  # older parts have none
-        if len(digests) > 1:
+        if _differ(known[file], first, "digest"):
             raise ValueError(
                 f"{files[0]} and {file} are of other rows: was SRC changed between them? score --shard again"
             )
-        if len({known[file].get("model_state"), first.get("model_state")} - {None}) > 1:
+        if _differ(known[file], first, "model_state"):
             console.print(
                 f"{files[0]} and {file}: the files of the model differ, or their times do, as those of copies"
             )
@@ -184,11 +183,18 @@ def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], pa
             )
 
 
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    return len({one.get(name), other.get(name)} - {None}) > 1  # parts of older releases have none
+
+
 def _check_rows(files: list[Path], found: list[int], rows: int) -> None:
+    from clear_datasets.stages import Stages
+
     if sum(found) != rows:
         raise ValueError(f"the parts have {sum(found):,} rows, the source had {rows:,}: score --shard again")
     for i, (file, number) in enumerate(zip(files, found, strict=True)):
-        if number != (due := rows * (i + 1) // len(files) - rows * i // len(files)):
+        first, end = Stages(file.parent, number, shard=(i, len(files))).part(rows)
+        if number != (due := end - first):
             raise ValueError(f"{file} has {number:,} rows, --shard {i}/{len(files)} has {due:,}: score it again")
 
 

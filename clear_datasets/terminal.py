@@ -96,7 +96,7 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
     from rich.table import Table
 
     from clear_datasets.formats import FormatError
-    from clear_datasets.infer_format import infer_dataset, of_row, without_media
+    from clear_datasets.infer_format import of_each, without_media
 
     confidence = np.asarray(ds["clear_confidence"][:], dtype=float)
     scored = ~np.isnan(confidence)
@@ -114,12 +114,12 @@ def summary(ds: Dataset, out: Path, clear: Clear, gamma: float | None) -> None:
         bar = "█" * round(30 * count / max(counts.max(), 1))
         table.add_row(f"confidence {i / 10:.1f} to {(i + 1) / 10:.1f}", f"{bar} {count}")
     console.print(table)
-    rows, form = without_media(ds), clear.format or infer_dataset(ds)
+    rows, form_of = without_media(ds), of_each(clear.format, ds)
     least = Table("row", "confidence", "prompt ends", "target", title="least confident", title_justify="left")
     for i in np.flatnonzero(scored)[np.argsort(confidence[scored], kind="stable")[:5]]:
         row = rows[int(i)]
         try:
-            example = (clear.format or of_row(form, row)).read(row)
+            example = form_of(row).read(row)
         except FormatError:  # of a row that came with a score
             continue
         prompt = example.prompt[-1]["content"]

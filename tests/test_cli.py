@@ -449,3 +449,5 @@ def test_without_the_packages_that_train_nothing_is_scored(source, tiny, tmp_pat
     done = here("curate", source, "-o", tmp_path / "out.jsonl", "-m", tiny, "--correct")
     assert (done.returncode, '"clear-datasets[train]"' in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "clear_stages").exists()
+    done = here("estimate", source, "-m", tiny, "--correct")
+    assert (done.returncode, '"clear-datasets[train]"' in done.stderr) == (2, True), done.stderr
