@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clear_datasets import cache_commands, options, results
+from clear_datasets import cache_commands, merging, options, results
 from clear_datasets.apply import OURS
 from clear_datasets.files import check_columns, check_out, write
 from clear_datasets.reading import load
@@ -90,7 +90,7 @@ def score(
         results.forget(out)
         write(scored, out)
         if shard:
-            results.keep_shard(out, clear, stages, rows)
+            merging.keep_shard(out, clear, stages, rows)
         else:
             results.keep_settings(out, clear, rows)
         summary(scored, out, clear, None)
@@ -277,7 +277,7 @@ def calibrate(
 
 app.command(epilog=_EXAMPLES)(results.report)
 app.command(epilog=_EXAMPLES)(results.push)
-app.command(epilog=_EXAMPLES)(results.merge)
+app.command(epilog=_EXAMPLES)(merging.merge)
 app.add_typer(cache_commands.app, name="cache")
 
 
