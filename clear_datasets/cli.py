@@ -75,12 +75,13 @@ def score(
     replicas: options.Replicas = None,
     ray: options.Ray = None,
     shard: options.Shard = None,
+    retry: options.Retry = False,
 ) -> None:
     """Add confidence columns to every row of SRC."""
     with clear_errors(2):
         check_out(out, src, results.shard_file(out) if shard else results.settings_file(out))
         results.check_no_audit(out)
-        stages = options.stages(out, batch_size, replicas, ray, shard)
+        stages = options.stages(out, batch_size, replicas, ray, retry, shard)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
         check_columns(rows, out)
@@ -132,6 +133,7 @@ def curate(
     replicas: options.Replicas = None,
     ray: options.Ray = None,
     scored: Annotated[bool, typer.Option("--scored", help="SRC has scores already, as merge has made it.")] = False,
+    retry: options.Retry = False,
 ) -> None:
     """Keep the rows of SRC whose confidence is above a threshold.
 
@@ -150,7 +152,7 @@ def curate(
         if not correct and (writer or finetune or keep_agreed or rounds > 1):
             raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")
         _check_training(correct, writer)
-        stages = options.stages(out, batch_size, replicas, ray)
+        stages = options.stages(out, batch_size, replicas, ray, retry)
         if writer and (finetune or rounds > 1):
             raise ValueError("--finetune and each of --rounds train a writer: leave out --writer")
     with clear_errors():

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from clear_datasets.engines import EngineError
-from clear_datasets.engines.cache import COUNTS
 from clear_datasets.files import check_folder, write_folder
+from clear_datasets.ray_stages import RayStages, Replicas
 from clear_datasets.reading import load
-from clear_datasets.replicas import Replica, Work, block, raised
-from clear_datasets.stages import Span, Stages, Step, batch_size_on
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from clear_datasets import Clear
-
-Replicas = int | Literal["auto"]
-_DEATHS = 2  # workers that a batch may cost in a row
-_EACH = 4  # batches a replica at least: the last ones end about together
 
 
 def score(
@@ -116,142 +104,6 @@ def correct(
         raise ValueError("no model writes candidates: clear = clear.with_writer('folder of an adapter or model')")
     rows, stages = _prepared(ds, replicas, gpus_per_replica, address, folder, batch_size, out)
     return _written(stages.correct(rows, clear), out)
-
-
-@dataclass(frozen=True)
-class RayStages(Stages):
-    """Stages whose batches are done by replicas.
-
-    Args:
-        folder: See `Stages`, as `shard`.
-        batch_size: Of it; 0 for what suits rows and replicas.
-        replicas: How many.
-        gpus: Of each; None for what the engine takes.
-        address: Of the cluster.
-    """
-
-    batch_size: int = 0
-
-    replicas: Replicas = "auto"
-    gpus: float | None = None
-    address: str | None = None
-
-    def run(self, rows: Dataset, step: Step, name: str, title: str) -> Dataset:
-        """See `Stages.run`; batches are small enough that each replica gets several."""
-        first, end = self.part(len(rows))
-        if not self.planned(rows, step, name, end - first)[-1]:  # no cluster is needed to read what is there
-            return super().run(rows, step, name, title)
-        engine = getattr(getattr(step, "__self__", None), "engine", None)
-        with _cluster(self.address):
-            replicas, gpus = _fitting(self.replicas, engine.gpus if engine else 1, self.gpus)
-            size = self.batch_size or max(
-                1, min(batch_size_on(gpus > 0), math.ceil((end - first) / (_EACH * replicas)))
-            )
-            return super(RayStages, replace(self, batch_size=size, replicas=replicas, gpus=gpus)).run(
-                rows, step, name, title
-            )
-
-    def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
-        """See `Stages.answered`: as replicas are done with them, once more where an engine failed."""
-        left, work = set(batches), Work.of(step, mark)
-        while left:
-            assert self.replicas != "auto"  # `run` has filled it in
-            before, in_a_row = len(left), 0
-            error: Exception = EngineError(f"the workers that had rows {min(left)[0]} to {max(left)[1]} died")
-            for span, added in _asked(rows, sorted(left), work, min(self.replicas, len(left)), self.gpus):
-                if isinstance(added, Exception):
-                    error, in_a_row = added, in_a_row + 1
-                    if not isinstance(error, EngineError | OSError) or in_a_row > 2 * self.replicas:
-                        raise error
-                else:
-                    in_a_row = 0
-                    left.remove(span)
-                    yield span, added
-            if len(left) == before:
-                raise error
-
-
-def _asked(
-    rows: Dataset, batches: list[Span], work: Work, replicas: int, gpus: float | None
-) -> Iterator[tuple[Span, Dataset | Exception]]:
-    """Each batch as soon as it is done, or what went wrong with it; those on which workers died are missing."""
-    import ray.data
-    from datasets import Dataset
-
-    with _quiet():
-        blocks = ray.data.from_arrow_refs([ray.put(block(rows, *batch)) for batch in batches])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, which has no other name yet
-            done = blocks.map_batches(
-                Replica, fn_constructor_args=(work,), batch_size=None, batch_format="pyarrow", num_cpus=1,
-                num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=replicas), max_task_retries=_DEATHS,
-            )  # fmt: skip
-        for table in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for found in table.to_pylist():
-                COUNTS.asked, COUNTS.known = COUNTS.asked + found["asked"], COUNTS.known + found["known"]
-                span, kind = (found["start"], found["end"]), found["error"]
-                yield span, raised(kind, found["text"]) if kind else Dataset.from_buffer(found["rows"])
-
-
-def _fitting(replicas: Replicas, usual: int, gpus: float | None) -> tuple[int, float]:
-    """How many replicas, of how many GPUs each."""
-    import ray
-
-    has = ray.cluster_resources()
-    cpus, all_gpus = int(has.get("CPU", 0)), has.get("GPU", 0)
-    if gpus is None:
-        gpus = float(usual) if all_gpus else 0.0
-    fit = min(cpus, int(all_gpus // gpus)) if gpus else cpus
-    if not fit:
-        raise ValueError(
-            f"the cluster has {cpus} CPUs and {all_gpus:g} GPUs, a replica takes 1 and {gpus:g}: add machines, or "
-            "give a smaller gpus_per_replica"
-        )
-    if replicas == "auto":
-        return (fit if gpus else min(fit, sum(node["Alive"] for node in ray.nodes()))), gpus
-    if replicas > fit:
-        warnings.warn(
-            f"{replicas} replicas are asked for, the cluster has room for {fit}: the others wait until it grows",
-            stacklevel=2,
-        )
-    return replicas, gpus
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """The cluster of this process, or one that ends with the work."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of a user's runs
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except ConnectionError as error:
-        raise OSError(f"no Ray cluster at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and reports of Ray Data's beside ours, and no end of the run because of one batch."""
-    from ray.data import DataContext
-
-    context, log = DataContext.get_current(), logging.getLogger("ray.data")
-    old, level = (context.enable_progress_bars, context.max_errored_blocks), log.level
-    context.enable_progress_bars, context.max_errored_blocks = False, -1  # a batch that was lost is seen to be missing
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.max_errored_blocks = old
-        log.setLevel(level)
 
 
 def check(replicas: Replicas) -> None:

@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 
 def keep_shard(out: Path, clear: Clear, stages: Stages, rows: Dataset) -> None:
     """Write beside OUT which part of the rows it is, for `merge`."""
+    from clear_datasets.engines import default_engine
+    from clear_datasets.stages import Stages
+
     number, of = stages.shard
+    alone = type(stages) is Stages  # else other machines have engines of their own
+    engine = type(clear.engine or default_engine(clear.model, clear.revision)).__name__ if alone else None
     record = {"shard": number, "of": of, "rows": len(rows), "digest": _digest(rows), "settings": made_by(clear, rows),
-              "model_state": clear.__getstate__()["stamp"]}  # fmt: skip
+              "model_state": clear.__getstate__()["stamp"], "engine": engine}  # fmt: skip
     write_text(shard_file(out), as_json(record))
 
 
@@ -92,6 +97,10 @@ def _check_shards(files: list[Path], known: Mapping[Path, Mapping[str, Any]], pa
         if _differ(known[file], first, "model_state"):
             console.print(
                 f"{files[0]} and {file}: the files of the model differ, or their times do, as those of copies"
+            )
+        if _differ(known[file], first, "engine"):
+            console.print(
+                f"{files[0]} is by {first['engine']}, {file} by {known[file]['engine']}: had one of them no GPU?"
             )
     numbers = [known[file]["shard"] for file in files]
     for number in range(first["of"]):

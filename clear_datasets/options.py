@@ -75,6 +75,12 @@ Ray = Annotated[
 Shard = Annotated[
     str | None, typer.Option(metavar="I/N", help="Take the I-th of N parts of the rows, from 0/N on; merge joins them.")
 ]
+Retry = Annotated[
+    bool,
+    typer.Option(
+        "--retry-failed", help="Ask again about rows that a run before this one has a reason for, not a score."
+    ),
+]
 Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
 Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
 Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes candidates.")]
@@ -133,21 +139,22 @@ def steps(
 
 
 def stages(
-    out: Path, batch_size: int | None, replicas: str | None, ray: str | None, shard: str | None = None
+    out: Path, batch_size: int | None, replicas: str | None, ray: str | None, retry: bool, shard: str | None = None
 ) -> Stages:
     """Where and how the stages of OUT run."""
     from clear_datasets.stages import Stages, usual_batch_size
 
     folder, part = out.parent / "clear_stages", _part(shard) if shard else (0, 1)
     if replicas is None and ray is None:
-        return Stages(folder, batch_size or usual_batch_size(), part)
-    from clear_datasets.distributed import RayStages, check
+        return Stages(folder, batch_size or usual_batch_size(), part, retry)
+    from clear_datasets.distributed import check
+    from clear_datasets.ray_stages import RayStages
 
     if replicas not in (None, "auto") and not str(replicas).isdecimal():
         raise ValueError(f"--replicas is {replicas!r}; expected a number of engines, or auto")
     count: int | Literal["auto"] = "auto" if replicas in (None, "auto") else int(str(replicas))
     check(count)
-    return RayStages(folder, batch_size or 0, part, replicas=count, address=ray)
+    return RayStages(folder, batch_size or 0, part, retry, replicas=count, address=ray)
 
 
 def _part(shard: str) -> tuple[int, int]:

@@ -34,11 +34,13 @@ class Stages:
         folder: Gets a folder for each stage, with the columns that it added, one Parquet file a batch.
         batch_size: Rows handed to the engine at a time; another one goes on with the batches that are there.
         shard: Which part of the rows to take, and of how many; the parts share the folder of the whole.
+        retry: Whether batches with rows that were refused are done anew.
     """
 
     folder: Path
     batch_size: int
     shard: tuple[int, int] = (0, 1)
+    retry: bool = False
 
     def run(self, rows: Dataset, step: Step, name: str, title: str) -> Dataset:
         """``rows.map(step)``; batches that were done before with the same rows and settings are read from files."""
@@ -46,14 +48,20 @@ class Stages:
         from datasets.fingerprint import Hasher
 
         mark, folder, batches, left = self.planned(rows, step, name, self.batch_size)
+        if not folder.exists() and any(self.folder.glob(f"{name}-*")):
+            console.print(
+                f"{self.folder} has batches of other rows, files or settings, which are of no use here", markup=False
+            )
         folder.mkdir(parents=True, exist_ok=True)
         first, end = self.part(len(rows))
         with progress(title, end - first) as advance:
             advance(end - first - sum(b - a for a, b in left), True)
+            there = set(batches) - set(left)
             for (a, b), added in self.answered(rows, left, step, mark):
                 write(added, _file(folder, a, b))
+                there.add((a, b))
                 advance(b - a, False)
-        files = [_file(folder, *batch) for batch in batches]
+        files = [_file(folder, *batch) for batch in sorted(there)]
         with explained(list(map(str, files))):
             added = Dataset.from_parquet([escape(os.path.abspath(file)) for file in files])
         taken = rows if end - first == len(rows) else rows.select(range(first, end))
@@ -67,12 +75,15 @@ class Stages:
         """The mark of a step on rows, the folder of its batches, these, and which of them are not there."""
         from datasets.fingerprint import Hasher
 
-        clear = replace(step.__self__, cache=None)  # type: ignore[attr-defined]  # where answers are kept changes none
-        mark = Hasher.hash((rows._fingerprint, getattr(clear, step.__name__)))
+        clear: Clear = step.__self__  # type: ignore[attr-defined]
+        # Where answers are kept changes none, nor does how an engine makes them: its identity is in the state.
+        state = {**clear.__getstate__(), "cache": None, "engine": None}
+        mark = Hasher.hash((rows._fingerprint, type(clear), step.__name__, state))
         folder = self.folder / f"{name}-{mark}"
         known = dict(_whole(folder))
         batches = list(_batches(*self.part(len(rows)), known, size))
-        return mark, folder, batches, [batch for batch in batches if known.get(batch[0]) != batch[1]]
+        done = {span for span in known.items() if not (self.retry and _refused(_file(folder, *span)))}
+        return mark, folder, batches, [batch for batch in batches if batch not in done]
 
     def part(self, rows: int) -> tuple[int, int]:
         """Where the shard begins and ends.
@@ -91,13 +102,15 @@ class Stages:
         return first, end
 
     def answered(self, rows: Dataset, batches: list[Span], step: Step, mark: str) -> Iterator[tuple[Span, Dataset]]:
-        """What the step adds to each batch of rows, in any order."""
+        """What the step adds to each batch of rows, in any order; in smaller ones if need be."""
         for start, end in batches:
             yield (start, end), added_by(rows.select(range(start, end)), step, mark)
 
     def score(self, rows: Dataset, clear: Clear) -> Dataset:
         """`Clear.score` on all rows."""
-        clear = replace(clear, preference=None, writer=None, gamma=None)  # whatever these are, scores are the same
+        clear = replace(
+            clear, preference=None, writer=None, gamma=None, adaptive=False
+        )  # scores are those of all samples
         return self.run(rows, clear.score, "score", "scoring")
 
     def correct(self, scored: Dataset, clear: Clear) -> Dataset:
@@ -135,6 +148,13 @@ def _whole(folder: Path) -> Iterator[Span]:
         with suppress(OSError, ValueError):  # Arrow's are of both
             if pq.read_metadata(file).num_rows == end - start:
                 yield start, end
+
+
+def _refused(file: Path) -> bool:
+    """Whether a row of the batch has a reason in place of an answer."""
+    import pyarrow.parquet as pq
+
+    return any(pq.read_table(file, columns=["clear_error"])["clear_error"].to_pylist())
 
 
 def _file(folder: Path, start: int, end: int) -> Path:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from clear_datasets.calibrate import Calibration
     from clear_datasets.estimate import Cost
 
+_NEWS = 60.0  # seconds between two lines of progress in a log
+
 # What a terminal obeys, or what reorders a line: all controls but tab and newline, and bidirectional overrides.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -66,11 +68,12 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"),
                TimeElapsedColumn())  # fmt: skip
     started, asked, kept, before = time.monotonic(), 0, 0, COUNTS.known
+    told = started
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total, speed="loading the model")
 
         def advance(rows: int, known: bool) -> None:
-            nonlocal asked, kept
+            nonlocal asked, kept, told
             asked, kept = (asked, kept + rows) if known else (asked + rows, kept)
             spent, left = time.monotonic() - started, total - asked - kept
             said = [f"{asked / spent:.2f} rows/s"] if asked else []
@@ -79,6 +82,9 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, bool], None]]:
             answers = COUNTS.known - before
             said += [f"{answers:,} answers from the cache"] if answers else []
             bar.update(task, advance=rows, speed=", ".join(said))
+            if not console.is_terminal and time.monotonic() - told >= _NEWS:  # a log shows no bar before its end
+                told = time.monotonic()
+                console.print(f"{title}: {asked + kept:,} of {total:,} rows, {', '.join(said)}", highlight=False)
 
         yield advance
 

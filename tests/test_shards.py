@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from clear_datasets import Clear, decide, threshold
+from clear_datasets import BSDetector, Clear, decide, threshold
+from clear_datasets.engines.openai import OpenAI
+from clear_datasets.engines.transformers import Transformers
+from clear_datasets.engines.vllm import VLLM
 from clear_datasets.files import write, write_folder
 from clear_datasets.reading import load
 from clear_datasets.stages import Stages, train_writer
+from tests.conftest import Scripted
 from tests.test_cli import ROWS, command, run, tiny  # noqa: F401 - a fixture
 
 
@@ -253,3 +257,58 @@ def test_a_folder_of_files_of_one_kind_is_a_dataset(parts):
     (parts / "none").mkdir()
     with pytest.raises(ValueError, match="with no data files"):
         load(str(parts / "none"), None, None, None, None)
+
+
+def test_settings_that_change_no_answer_and_notes_beside_a_model_go_on_with_the_batches(tmp_path, tiny, capsys):  # noqa: F811
+    """What the errors of an engine advise, smaller batches, say, must not cost what is done."""
+    rows = Dataset.from_list(ROWS)
+    stages = Stages(tmp_path / "stages", 4)
+
+    def mark(clear: Clear, rows: Dataset = rows) -> str:
+        return stages.planned(rows, clear.score, "score", 4)[0]
+
+    for one, other in (
+        (OpenAI("m", "http://localhost/v1"), OpenAI("m", "http://localhost/v1", concurrency=2)),
+        (VLLM("m"), VLLM("m", gpu_memory_utilization=0.5, max_model_len=1024)),
+        (Transformers(tiny), Transformers(tiny, batch_tokens=512)),
+    ):
+        assert mark(Clear(engine=one)) == mark(Clear(engine=other))
+        assert mark(Clear(engine=one)) != mark(Clear(engine=one, confidence=BSDetector(k=3)))
+    assert mark(Clear(engine=VLLM("m"))) != mark(Clear(engine=VLLM("other")))
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    before = mark(Clear(str(model)))
+    for note in ("README.md", ".gitattributes"):
+        (model / note).write_text("a model")
+    (model / "runs").mkdir()
+    assert mark(Clear(str(model))) == before
+    (model / "config.json").touch()
+    assert mark(Clear(str(model))) != before
+    stages.score(rows, Clear(engine=Scripted(), cache=False))
+    assert "of no use here" not in capsys.readouterr().err
+    stages.score(rows, Clear(engine=Scripted(), confidence=BSDetector(k=3), cache=False))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stages has batches of other rows, files or settings, which are of no use here" in said
+
+
+def test_rows_that_were_refused_are_asked_again_where_that_is_wanted(tmp_path):
+    rows = Dataset.from_list([{"question": "x" * (900 * (i == 5) + 1), "answer": "y"} for i in range(8)])
+    refusing, mended = Clear(engine=Scripted(limit=800), cache=False), Clear(engine=Scripted(limit=8_000), cache=False)
+    found = Stages(tmp_path, 4).score(rows, refusing)
+    assert [i for i, e in enumerate(found["clear_error"]) if e] == [5]
+    marks = [Stages(tmp_path, 4).planned(rows, clear.score, "score", 4)[1] for clear in (refusing, mended)]
+    marks[0].rename(marks[1])  # of a server nothing tells that it takes more now
+    assert Stages(tmp_path, 4).score(rows, mended)["clear_error"][5]
+    untouched = marks[1] / "000000000-000000004.parquet"
+    before = untouched.stat().st_mtime_ns
+    assert not any(Stages(tmp_path, 64, retry=True).score(rows, mended)["clear_error"])
+    assert untouched.stat().st_mtime_ns == before
+    assert not any(Stages(tmp_path, 4).score(rows, mended)["clear_error"])
+
+
+def test_parts_by_different_engines_are_said_to_be(parts):
+    beside = parts / "part-a.parquet.shard.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"engine": "VLLM"}))
+    code, said = command("merge", parts / "part-*.parquet", "-o", parts / "joined.parquet")
+    assert code == 0
+    assert "is by Transformers" in said
+    assert "by VLLM: had one of them no GPU?" in " ".join(said.split())

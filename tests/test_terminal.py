@@ -10,7 +10,7 @@ import typer
 from datasets import Dataset
 
 from clear_datasets import Clear
-from clear_datasets.terminal import fail, summary, visible
+from clear_datasets.terminal import fail, progress, summary, visible
 from tests.conftest import make_tiny
 from tests.test_cli import run
 
@@ -58,3 +58,10 @@ def test_the_command_line_shows_rows_and_names_of_files_that_would_act(tmp_path)
         done = run(*command)
         assert "\\x1b[2J" in done.stdout + done.stderr
         assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_log_without_a_terminal_shows_how_far_a_run_is(capsys, monkeypatch):
+    monkeypatch.setattr("clear_datasets.terminal._NEWS", 0.0)
+    with progress("scoring", 2_000) as advance:
+        advance(1_000, False)
+        assert "scoring: 1,000 of 2,000 rows, " in capsys.readouterr().err

@@ -127,7 +127,7 @@ class Engine(Protocol):
 
     @property
     def gpus(self) -> int:
-        """How many GPUs it takes, where there are any."""
+        """How many GPUs it takes, where there are any; none where another machine answers."""
         return 1
 
     @property
@@ -291,7 +291,7 @@ def use_rank(rank: int, gpus: int = 1) -> None:
     import torch
 
     count = torch.cuda.device_count()
-    if not count or os.getpid() in _RANKS:
+    if not count or not gpus or os.getpid() in _RANKS:
         return
     if (rank + 1) * gpus > count:
         raise ValueError(

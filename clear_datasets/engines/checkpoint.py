@@ -201,12 +201,19 @@ def _peft() -> Any:
 
 
 def stamp(model: str) -> str:
-    """Digest of the names, sizes and times of a local model's files, to tell a retrained one; "" for a Hub id."""
+    """Digest of the names, sizes and times of a local model's files, to tell a retrained one; "" for a Hub id.
+
+    Notes beside them, hidden files and folders are no part of it: a model card may be written later.
+    """
     path = Path(model)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(filter(_is_of_model, path.iterdir())) if path.is_dir() else [path] if path.is_file() else []
     seen: list[Any] = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     seen += _dated(path)
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16] if seen else ""
+
+
+def _is_of_model(file: Path) -> bool:
+    return file.is_file() and file.suffix != ".md" and not file.name.startswith(".")
 
 
 def _dated(folder: Path) -> list[str]:

@@ -87,6 +87,11 @@ class OpenAI(Queued):
             check_address(self.base_url, "base_url")
 
     @property
+    def gpus(self) -> int:
+        """See `Engine.gpus`."""
+        return 0
+
+    @property
     def identity(self) -> str:
         """See `Engine.identity`: of a server no more is known than its address and its name for a model."""
         return repr(("OpenAI", self._where, self.model))
