@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from clear_datasets.batches import Batch
 from clear_datasets.decide import DECISIONS_REVISION, is_empty
 from clear_datasets.formats import Format, FormatError
 from clear_datasets.infer_format import RowOf, of_each
@@ -35,6 +35,7 @@ def curated(ds: D, format: Format | None = None) -> D:
         format: Where rows keep their target; inferred from the columns by default.
 
     Raises:
+        FormatError: A row to replace has no target that can be read.
         ValueError: There is no column ``clear_decision``.
     """
     for split in ds.values() if isinstance(ds, Mapping) else [ds]:
@@ -48,7 +49,7 @@ def curated(ds: D, format: Format | None = None) -> D:
         left = split.filter(_stays, input_columns="clear_decision")
         return _mapped(left, step, "clear_original") if _has(left, "clear_candidate") else left
 
-    return cast("D", _splits(ds, apply))
+    return cast("D", unformatted(ds, apply))
 
 
 def restore(ds: D, format: Format | None = None) -> D:
@@ -72,34 +73,40 @@ def restore(ds: D, format: Format | None = None) -> D:
     step = _Restore(format)
 
     def undo(split: Any) -> Any:
-        back = _mapped(split, step) if _has(split, "clear_original") else split
-        names = back.column_names or next(iter(back), ())  # a stream may not tell before its first row
-        return back.remove_columns([name for name in names if name in OURS])
+        names = split.column_names or next(iter(split), ())  # a stream may not tell before its first row
+        ours = [name for name in names if name in OURS]
+        # remove_columns of a stream reads texts as JSON where both may stand
+        changes = not is_empty(split) and ("clear_original" in names or not hasattr(split, "__len__"))
+        return _mapped(split, step, remove=ours) if changes else split.remove_columns(ours)
 
-    return cast("D", _splits(ds, undo))
+    return cast("D", unformatted(ds, undo))
 
 
 def _has(split: Any, column: str) -> bool:
     return split.column_names is None or column in split.column_names  # a stream may not tell
 
 
-def _mapped(split: Any, step: Callable[..., dict[str, Any]], new: str = "") -> Any:
-    """`split.map(step)` with the schema as it was, and a new column of text."""
+def _mapped(split: Any, step: Callable[..., dict[str, Any]], new: str = "", remove: Sequence[str] = ()) -> Any:
+    """`split.map(step)` with the schema as it was, and a new column of text or without some columns."""
     from datasets import Value
 
     features = split.features and split.features.copy()
-    if features is not None and new:
-        features[new] = Value("string")
+    if features is not None:
+        features |= {new: Value("string")} if new else {}
+        for name in remove:
+            del features[name]
     if is_empty(split):  # which map leaves as it is
         return split.add_column(new, [], feature=Value("string")) if new and not _has(split, new) else split
-    return split.map(step, batched=True, features=features)
+    return split.map(step, batched=True, features=features, remove_columns=list(remove))
 
 
-def _splits(ds: Any, change: Callable[[Any], Any]) -> Any:
+def unformatted(ds: Any, change: Callable[[Any], Any]) -> Any:
     """The change on each split, without its format, which would hide or transform columns, and with it again."""
     if isinstance(ds, Mapping):
         kind: Any = type(ds)
-        return kind({name: _splits(split, change) for name, split in ds.items()})
+        return kind({name: unformatted(split, change) for name, split in ds.items()})
+    if formatting := getattr(ds, "_formatting", None):  # of a stream, which says it nowhere else
+        return change(ds.with_format(None)).with_format(formatting.format_type)
     old = getattr(ds, "format", None)  # not of streams
     if not old or not old["type"]:
         return change(ds)
@@ -115,20 +122,26 @@ class _Replace:
     revision: int = DECISIONS_REVISION
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        if "clear_candidate" not in batch:  # of a stream that did not tell
+        columns = Batch(batch)
+        if "clear_candidate" not in columns:  # of a stream that did not tell
             return {}
-        form_of = of_each(self.format, batch)
-        before = batch["clear_original"] if "clear_original" in batch else [""] * len(batch["clear_decision"])
+        form_of = of_each(self.format, columns)
+        before = columns["clear_original"] if "clear_original" in columns else [""] * columns.size
         originals = [original or "" for original in before]  # of an earlier round, which stay
-        changed: dict[str, list[Any]] = {"clear_original": originals}
-        for i, decision in enumerate(batch["clear_decision"]):
-            if decision == "replace" and (candidate := batch["clear_candidate"][i]):
-                row = RowOf(batch, i)
-                with suppress(FormatError):  # it has no target that could be replaced
+        changes: dict[int, dict[str, Any]] = {}
+        for i, decision in enumerate(columns["clear_decision"]):
+            if decision == "replace" and (candidate := columns["clear_candidate"][i]):
+                row = RowOf(columns, i)
+                try:
                     own = form_of(row)
                     originals[i] = originals[i] or own.read(row).response
-                    _put(changed, batch, i, own.write(row, candidate))
-        return changed
+                except FormatError as error:
+                    raise FormatError(
+                        f"a row to replace has no target that can be read ({error}): give the format that it was "
+                        "scored with, as curated(ds, format=clear.format)"
+                    ) from error
+                changes[i] = own.write(row, candidate)
+        return {"clear_original": originals, **columns.replaced(changes)}
 
 
 @dataclass(frozen=True)
@@ -137,20 +150,12 @@ class _Restore:
     revision: int = DECISIONS_REVISION
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        if "clear_original" not in batch:
+        columns = Batch(batch)
+        if "clear_original" not in columns:
             return {}
-        form_of = of_each(self.format, batch)
-        changed: dict[str, list[Any]] = {"clear_original": list(batch["clear_original"])}
-        for i, original in enumerate(batch["clear_original"]):
-            if original:
-                row = RowOf(batch, i)
-                _put(changed, batch, i, form_of(row).write(row, original))
-        return changed
-
-
-def _put(changed: dict[str, list[Any]], batch: Mapping[str, list[Any]], i: int, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        changed.setdefault(name, list(batch[name]))[i] = value
+        form_of = of_each(self.format, columns)
+        rows = {i: RowOf(columns, i) for i, original in enumerate(columns["clear_original"]) if original}
+        return columns.replaced({i: form_of(row).write(row, row["clear_original"]) for i, row in rows.items()})
 
 
 def _stays(decision: str) -> bool:

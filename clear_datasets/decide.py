@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from clear_datasets.batches import Batch, beside
+
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 Failed = Literal["keep", "drop", "raise"]
 _FAILED = ("keep", "drop", "raise")
 BOUNDS = ("clear_least", "clear_most")
-DECISIONS_REVISION = 1  # raised whenever equal settings decide, or apply a decision, otherwise than before
+DECISIONS_REVISION = 2  # raised whenever equal settings decide, or apply a decision, otherwise than before
 
 
 def threshold(
@@ -131,10 +133,11 @@ def columns_of(ds: Any, names: Sequence[str]) -> npt.NDArray[np.float64]:
     """Columns of numbers, [names, rows of all splits]; of ours, those that are not there are as the first one.
 
     Raises:
-        ValueError: There is no column of the first name.
+        ValueError: There is no column of the first name, or no row.
     """
-    splits = list(ds.values()) if isinstance(ds, Mapping) else [ds]
-    splits = [s for s in splits if not is_empty(s)] or splits[:1]
+    splits = [s for s in (ds.values() if isinstance(ds, Mapping) else [ds]) if not is_empty(s)]
+    if not splits:
+        raise ValueError("the dataset has no rows: there is no score to go by")
     found = [_values(split, names) if hasattr(split, "__len__") else _read(split, names) for split in splits]
     return np.concatenate(found, axis=1)
 
@@ -180,6 +183,9 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         failed: What becomes of rows without a score: "keep", "drop" or "raise".
         column: Column of the confidence.
 
+    Raises:
+        ValueError: `failed` is none of those above, or gamma is no number or far from [0, 1].
+
     Examples:
         >>> from datasets import Dataset
         >>> ds = Dataset.from_dict({"clear_confidence": [0.1, 0.9, float("nan")]})
@@ -196,9 +202,13 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         object.__setattr__(self, "revision", DECISIONS_REVISION)  # into the pickled state: ds.map sees no code
         if self.failed not in _FAILED:
             raise ValueError(f"failed is {self.failed!r}; expected one of {', '.join(_FAILED)}")
+        # A little beyond them keeps all or none; columns of others have scales of their own.
+        if math.isnan(self.gamma) or (self.column == "clear_confidence" and not -1 <= self.gamma <= 2):
+            raise ValueError(f"gamma is {self.gamma}, a threshold of confidence; expected a number from 0 to 1")
 
-    def __call__(self, row: Mapping[str, Any]) -> bool | list[bool]:
+    def __call__(self, row: Any) -> bool | list[bool]:
         """Whether a row stays; a list of it for a batch."""
+        row = row if isinstance(row, Mapping) else Batch(row)
         if self.column not in row:
             raise ValueError(f"no column {self.column!r} in the row: run ds.map(clear.score, batched=True) first")
         value, error = row[self.column], row.get("clear_error")
@@ -229,7 +239,7 @@ def decide(
     agreed: Literal["drop", "keep"] = "drop",
     failed: Failed = "keep",
     column: str = "clear_confidence",
-) -> Callable[..., dict[str, list[str]]]:
+) -> Callable[..., Any]:
     """A step for ``ds.map(..., batched=True)`` that adds ``clear_decision``: "keep", "drop" or "replace".
 
     A row above gamma is kept. One at or below it is replaced where there is a candidate (`Clear.propose`) whose
@@ -246,7 +256,7 @@ def decide(
         column: Column of the confidence.
 
     Raises:
-        ValueError: A setting is none of those above.
+        ValueError: A setting is none of those above, or gamma is no number or far from [0, 1].
 
     Examples:
         >>> from datasets import Dataset
@@ -276,26 +286,28 @@ class _Decide:
     correct: str
     agreed: str
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+    def __call__(self, batch: Any) -> Any:
         kept = self.keeps(batch)
         if isinstance(kept, bool):
             raise TypeError("decide() works on batches: ds.map(decide(gamma), batched=True)")
+        columns = Batch(batch)
         decisions = ["keep" if k else "drop" for k in kept]
-        scores = batch[self.keeps.column]
-        if self.agreed == "keep" and "clear_agreed" in batch:
-            for i, same in enumerate(batch["clear_agreed"]):
+        scores = columns[self.keeps.column]
+        if self.agreed == "keep" and "clear_agreed" in columns:
+            for i, same in enumerate(columns["clear_agreed"]):
                 decisions[i] = "keep" if same and is_score(scores[i]) else decisions[i]
-        if "clear_candidate" in batch:
-            if "clear_preference" not in batch:
+        if "clear_candidate" in columns:
+            if "clear_preference" not in columns:
                 raise ValueError("candidates have no preference: run ds = ds.map(clear.prefer, batched=True) first")
-            preferences = batch["clear_preference"]
-            for i, candidate in enumerate(batch["clear_candidate"]):
+            preferences = columns["clear_preference"]
+            for i, candidate in enumerate(columns["clear_candidate"]):
                 sure = is_score(scores[i]) and is_score(preferences[i]) and float(preferences[i]) > self.eta
                 if candidate and sure and (decisions[i] == "drop" or self.correct == "all"):
                     decisions[i] = "replace"
-        return {"clear_decision": decisions}
+        added = {"clear_decision": decisions}
+        return added if isinstance(batch, Mapping) else beside(batch, added)
 
 
 def is_score(value: float | None) -> TypeGuard[float]:
     """Whether there is one: nan says that there is none, and JSON files hold null for nan."""
-    return value is not None and not np.isnan(value)
+    return value is not None and not math.isnan(value)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.infer_format import is_media
+from clear_datasets.json_columns import decoded, has_json
 from clear_datasets.reading import LOADERS, is_folder_of_files
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ def check_out(out: Path, src: str, *beside: Path) -> None:
         beside: What else is written.
 
     Raises:
-        ValueError: The ending is unknown, a folder stands for a file or a file for a folder, the folder holds other
-            things than a dataset, or OUT is SRC or one of its files, or would be one at the next run.
+        ValueError: OUT has no name or an unknown ending, a folder stands for a file or a file for a folder, the folder
+            holds other things than a dataset, or OUT is SRC or one of its files, or would be one at the next run.
     """
+    _check_name(out)
     if out.suffix and out.suffix not in LOADERS:
         raise ValueError(
             f"cannot write {out.suffix} files: end OUT in {', '.join(LOADERS)}, or give a folder without an ending"
@@ -52,6 +54,11 @@ def check_out(out: Path, src: str, *beside: Path) -> None:
         names = {f.name for f in out.iterdir() if f.suffix != ".arrow"}
         if names - {"dataset_info.json", "state.json"} or ("dataset_info.json" not in names and any(out.iterdir())):
             raise ValueError(f"{out} is a folder with other things in it: give another OUT")
+
+
+def _check_name(out: Path) -> None:
+    if not out.name:  # nothing could be written beside it, and renamed
+        raise ValueError(f"OUT, {out}, has no name: give a file or a new folder, as {out / 'curated.jsonl'}")
 
 
 def check_columns(ds: Dataset, out: Path) -> None:
@@ -94,7 +101,7 @@ def check_folder(out: Path | None, src: str | None, kept: Path) -> None:
         kept: The folder of what is done so far.
 
     Raises:
-        ValueError: OUT is no folder, or holds other things than such rows, the source, or what is done so far; or the
+        ValueError: OUT has no name, is no folder, or holds other things than such rows, the source, or what is done so far; or the
             source would take one of both for rows at the next run.
     """
     made = [kept / "score" / "0.parquet", *([out / "train-00000-of-00001.parquet"] if out else [])]
@@ -104,6 +111,7 @@ def check_folder(out: Path | None, src: str | None, kept: Path) -> None:
         )
     if out is None:
         return
+    _check_name(out)
     taken = [] if src is None else [Path(f) for f in ([src] if Path(src).exists() else glob(src, recursive=True))]
     if any((f if f.is_dir() else f.parent).resolve() == out.resolve() for f in taken):
         raise ValueError(f"OUT, {out}, is where the rows come from: give another one, the source stays as it is")
@@ -231,14 +239,30 @@ class _Enduring(io.BufferedWriter):
 
 def _write_json(ds: Dataset, file: Path, array: bool) -> None:
     """As `Dataset.to_json` does, which goes through pandas: that rounds numbers, and makes 1.0 of 1 beside null."""
-    with file.open("w", encoding="utf-8") as f:
+    with file.open("w", encoding="utf-8", errors="backslashreplace") as f:  # which is how JSON writes half a surrogate
         f.write("[\n" if array else "")
-        for i, row in enumerate(ds.with_format(None)):
-            # JSON has no nan.
-            values = {n: None if isinstance(v, float) and math.isnan(v) else v for n, v in row.items()}
+        for i, row in enumerate(_rows(ds)):
             f.write(",\n" if array and i else "")
-            f.write(json.dumps(values, ensure_ascii=False, default=_plain) + ("" if array else "\n"))
+            f.write(json.dumps(_without_nan(row), ensure_ascii=False, default=_plain))
+            f.write("" if array else "\n")
         f.write("\n]\n" if array else "")
+
+
+def _rows(ds: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows with values of any JSON as they are stored."""
+    columns = {name: feature for name, feature in ds.features.items() if has_json(feature)}
+    for table in ds.with_format("arrow").iter(1000):
+        for row in table.to_pylist():
+            yield row | {name: decoded(row[name], feature) for name, feature in columns.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return list(map(_without_nan, value))
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _plain(value: Any) -> str:

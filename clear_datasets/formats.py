@@ -113,6 +113,7 @@ class Chat:
         content: Key of a turn's text.
         user: A name of the user beside "user" and "human".
         assistant: A name of the assistant beside "assistant", "gpt", "chatgpt", "model" and "bot".
+        system: Column of the system message of chats that have none among their turns; left out where it is empty.
 
     Examples:
         >>> sharegpt = Chat("conversations", role="from", content="value")
@@ -128,6 +129,7 @@ class Chat:
     content: str = "content"
     user: str = "user"
     assistant: str = "assistant"
+    system: str | None = None
 
     def read(self, row: Row) -> Example:
         """See `Format.read`."""
@@ -141,6 +143,9 @@ class Chat:
         ]
         if not any(m["content"].strip() for m in prompt):
             raise FormatError(f"column {self.column!r} has no text before the last assistant turn")
+        system = _text(row, self.system, empty=True) if self.system else ""
+        if system and all(m["role"] != "system" for m in prompt):
+            prompt.insert(0, {"role": "system", "content": system})
         return Example(prompt, _string(turns[target].get(self.content), f"the last assistant turn of {self.column!r}"))
 
     def write(self, row: Row, response: str) -> dict[str, Any]:

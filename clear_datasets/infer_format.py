@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.formats import Chat, Columns, Format, FormatError, Row
@@ -11,7 +13,7 @@ from clear_datasets.formats import Chat, Columns, Format, FormatError, Row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_KNOWN: tuple[tuple[tuple[str, ...], Format], ...] = (
+_KNOWN: tuple[tuple[tuple[str, ...], Chat | Columns], ...] = (
     (("messages",), Chat("messages")),
     (("conversations",), Chat("conversations", role="from", content="value")),
     (("prompt", "response"), Columns("prompt", "response")),
@@ -22,6 +24,10 @@ _KNOWN: tuple[tuple[tuple[str, ...], Format], ...] = (
     (("question", "answer"), Columns("question", "answer")),
 )
 
+
+# Columns that may belong to the prompt, whether a format reads them or not.
+_AROUND = ("choices", "context", "documents", "functions", "history", "input", "options", "passage", "system",
+           "system_prompt", "tools")  # fmt: skip
 
 _TURN = ({"role", "content"}, {"from", "value"})  # keys of a turn
 
@@ -35,23 +41,39 @@ def infer(columns: Mapping[str, Any]) -> Format:
     Raises:
         FormatError: No known set of columns is there.
 
+    Warns:
+        UserWarning: Columns that may belong to the prompt are not read; once for the same ones.
+
     Examples:
         >>> infer({"question": "Who?", "answer": "Ada"})
         Columns(prompt='question', response='answer', input=None, context=None, system=None)
     """
-    for names, form in _KNOWN:
+    for names, known in _KNOWN:
         if all(name in columns for name in names):
-            if isinstance(form, Chat) and (keys := _keys(columns[form.column])):
-                return Chat(form.column, "from", "value") if _TURN[1] <= keys else Chat(form.column)
-            if isinstance(form, Columns) and "system" in columns:
-                return replace(form, system="system")
+            form = known
+            if isinstance(known, Chat) and (keys := _keys(columns[known.column])):
+                form = Chat(known.column, "from", "value") if _TURN[1] <= keys else Chat(known.column)
+            if "system" in columns:
+                form = replace(form, system="system")
+            _warn_of(tuple(name for name in _AROUND if name in columns and name not in vars(form).values()))
             return form
-    known = "; ".join(", ".join(names) for names, _ in _KNOWN)
+    sets = "; ".join(", ".join(names) for names, _ in _KNOWN)
     raise FormatError(
-        f"found the columns {', '.join(map(repr, columns)) or '(none)'}, and know: {known}. Name yours: "
+        f"found the columns {', '.join(map(repr, columns)) or '(none)'}, and know: {sets}. Name yours: "
         "--prompt and --response, or "
         'Clear(format=Columns(prompt="...", response="...")) or Clear(format=Chat("...", role="...", content="..."))'
     )
+
+
+@cache
+def _warn_of(unread: tuple[str, ...]) -> None:
+    if unread:
+        warnings.warn(
+            f"the model is not told what the columns hold: {', '.join(unread)}. If it belongs to the prompt, name the "
+            "column (--context, or Columns(context=...)), or write it into the prompt; Clear(format=...) says that it "
+            "does not",
+            stacklevel=3,
+        )
 
 
 def infer_rows(rows: Mapping[str, Sequence[Any]]) -> Format:
@@ -81,8 +103,8 @@ def of_each(given: Format | None, rows: Dataset | Mapping[str, Sequence[Any]]) -
 
 
 def without_media(ds: Dataset) -> Dataset:
-    """Without columns of images, sounds and the like, which reading a row would decode."""
-    return ds.select_columns([name for name, feature in ds.features.items() if not is_media(feature)])
+    """Plain rows, without columns of images, sounds and the like, which reading a row would decode."""
+    return ds.with_format(None).select_columns([name for name, feature in ds.features.items() if not is_media(feature)])
 
 
 def is_media(feature: Any) -> bool:

@@ -11,11 +11,13 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from clear_datasets.apply import unformatted
+from clear_datasets.batches import Batch
 from clear_datasets.formats import Format
-from clear_datasets.infer_format import infer_dataset, without_media
+from clear_datasets.infer_format import RowOf, infer_dataset, without_media
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -220,7 +222,8 @@ def _targets(ds: Dataset, format: Format | None) -> list[str]:
 
 
 def _passages(ds: Dataset, context: str | None, format: Format | None) -> Sequence[str]:
-    passages: Sequence[str] = ds[context or getattr(format or infer_dataset(ds), "context", None) or "context"]
+    column = context or getattr(format or infer_dataset(ds), "context", None) or "context"
+    passages: Sequence[str] = without_media(ds)[column]
     return passages
 
 
@@ -236,11 +239,17 @@ def _replace(ds: Dataset, name: str, wrong: _Wrong, fraction: float, seed: int, 
     if len(chosen) < wanted:
         raise ValueError(f"{wanted} of {len(ds)} rows are to get {name}, but only {len(chosen)} can: lower fraction")
 
-    def write(row: dict[str, Any], i: int) -> dict[str, Any]:
-        changed = form.write(row, chosen[i]) if i in chosen else {}
-        return {**changed, "noise": name if i in chosen else "", "noise_original": form.read(row).response}
+    def write(batch: Mapping[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        columns = Batch(batch)
+        changes = {i: form.write(RowOf(columns, i), chosen[row]) for i, row in enumerate(rows) if row in chosen}
+        names = [name if row in chosen else "" for row in rows]
+        targets = [form.read(RowOf(columns, i)).response for i in range(len(rows))]
+        return {**columns.replaced(changes), "noise": names, "noise_original": targets}
 
-    return ds.map(write, with_indices=True, load_from_cache_file=False)
+    def put(plain: Dataset) -> Dataset:
+        return plain.map(write, batched=True, with_indices=True, load_from_cache_file=False)
+
+    return unformatted(ds, put)
 
 
 def _digits(old: str, leading: bool) -> str:

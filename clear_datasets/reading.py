@@ -9,11 +9,13 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear_datasets.apply import OURS
+from clear_datasets.json_columns import encoded, has_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,6 +25,8 @@ SETTINGS, SHARD = ".settings.json", ".shard.json"  # how names of what is kept b
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z")
 _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
            "evaluation": "test"} | dict.fromkeys(("validation", "valid", "val", "dev"), "validation")  # fmt: skip
+_PIECE = 10 << 20  # bytes that the loader of JSON reads at a time
+_QUOTED = r"^\".*\"$|^\[.*\]$|^\{.*\}$"  # JSON in one line, as the loader writes it
 _TIME = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?Z?$"  # as the loader writes one
 
 
@@ -171,7 +175,7 @@ def _csv_columns(file: str) -> list[str]:
 
 
 def _load_json(files: Sequence[str]) -> Dataset:
-    """By the loader of datasets, but where it takes texts like dates for times, or reads an array and rounds numbers.
+    """By the loader of datasets, but where it writes values anew: see `_is_written_anew`.
 
     Raises:
         ValueError: A file is no JSON, its rows are no objects, or a column is of several types.
@@ -179,15 +183,30 @@ def _load_json(files: Sequence[str]) -> Dataset:
     from datasets import Dataset, Features
 
     rows = _loaded("json", files)
-    texts = _texts(rows.features)
-    if texts == rows.features and not any(map(_is_array, files)) and not _has_times(rows):
+    if not _is_written_anew(rows, files):
         return rows
     known = tuple((f, os.path.getsize(f), os.stat(f).st_mtime_ns) for f in files)  # into the name of the cache
+    features = _texts(rows.features)
     with explained(files):
+        for row in (row for file in files for row in _json_values(file)):
+            features = _widened(features, row)
+        features = Features(features)
         again: Dataset = Dataset.from_generator(
-            _json_rows, features=Features(texts), gen_kwargs={"files": known, "names": tuple(texts)}
+            _json_rows, features=features, gen_kwargs={"files": known, "features": features}
         )
     return again
+
+
+def _is_written_anew(rows: Dataset, files: Sequence[str]) -> bool:
+    """Whether the loader made times of texts, rounded numbers (of an array), or took texts for JSON.
+
+    It does the last where a column is of several types. It knows types by pieces of 10 MB: where a later piece is the
+    first to have times or several types, texts stand there as it wrote them for the sake of the former ones.
+    """
+    if _texts(rows.features) != rows.features or has_json(rows.features) or any(map(_is_array, files)):
+        return True
+    pieces = len(files) > 1 or os.path.getsize(files[0]) > _PIECE
+    return _has_texts(rows, f"{_TIME}|{_QUOTED}" if pieces else _TIME)
 
 
 def load_as_one(files: Sequence[Path]) -> Dataset:
@@ -211,13 +230,41 @@ def _texts(feature: Any) -> Any:
     return type(feature)(_texts(feature.feature)) if hasattr(feature, "feature") else feature
 
 
-def _has_times(rows: Dataset) -> bool:
-    """Whether texts may be times that the loader found in a piece of a file, and wrote anew for the sake of others."""
+def _widened(feature: Any, value: Any) -> Any:
+    """A feature with any JSON in place of texts where a value is no text."""
+    import datasets
+
+    if value is None:
+        return feature
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        return {name: _widened(inner, value.get(name)) for name, inner in feature.items()}
+    if hasattr(feature, "feature") and isinstance(value, list):
+        return type(feature)(reduce(_widened, value, feature.feature))
+    return datasets.Json() if feature == datasets.Value("string") and not isinstance(value, str) else feature
+
+
+def _has_texts(rows: Dataset, pattern: str) -> bool:
+    """Whether a text, be it in a list or an object, has a pattern."""
     import pyarrow.compute as pc
 
-    texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"]
-    table = rows.data.table.select(texts)
-    return any(pc.any(pc.match_substring_regex(c, _TIME)).as_py() for c in table.columns)
+    return any(
+        pc.any(pc.match_substring_regex(texts, pattern)).as_py()
+        for column in rows.data.columns
+        for chunk in column.chunks
+        for texts in _text_arrays(chunk)
+    )
+
+
+def _text_arrays(array: Any) -> Iterator[Any]:
+    from pyarrow import types
+
+    if types.is_string(array.type) or types.is_large_string(array.type):
+        yield array
+    elif types.is_struct(array.type):
+        for inner in array.flatten():
+            yield from _text_arrays(inner)
+    elif types.is_list(array.type) or types.is_large_list(array.type):
+        yield from _text_arrays(array.flatten())
 
 
 def _is_array(file: str) -> bool:
@@ -225,13 +272,13 @@ def _is_array(file: str) -> bool:
         return f.read(4096).lstrip().startswith("[")
 
 
-def _json_rows(files: Sequence[tuple[str, int, int]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of files, with all columns of `names`."""
+def _json_rows(files: Sequence[tuple[str, int, int]], features: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of files, with all columns of `features`."""
     for file, *_ in files:
         for row in _json_values(file):
             if not isinstance(row, dict):
                 raise ValueError(f"a row of {file} is {json.dumps(row)[:50]}; expected an object")
-            yield {name: row.get(name) for name in names}
+            yield {name: encoded(row.get(name), feature) for name, feature in features.items()}
 
 
 def _json_values(file: str) -> Iterator[Any]:

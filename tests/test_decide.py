@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from clear_datasets import Chat, Clear, Columns, above, curated, decide, restore, threshold
 from clear_datasets.apply import OURS
+from clear_datasets.batches import Batch
+from clear_datasets.formats import FormatError
 from tests.conftest import Scripted
 
 NAN = float("nan")
@@ -74,6 +76,16 @@ def test_the_default_threshold_is_the_median():
         (lambda: Dataset.from_dict({"a": [1]}).filter(above(0.5)), ValueError, "no column 'clear_confidence'"),
         (lambda: scored([NAN], ["empty"]).filter(above(0.5, failed="raise")), ValueError, r"no score \(empty\)"),
         (lambda: scored([0.5]).map(decide(0.5)), TypeError, "batched=True"),
+        (lambda: decide(NAN), ValueError, "gamma is nan, a threshold of confidence; expected a number from 0 to 1"),
+        (lambda: above(60), ValueError, "gamma is 60, a threshold of confidence; expected a number from 0 to 1"),
+        (lambda: above(NAN, column="mine"), ValueError, "gamma is nan"),
+        (lambda: threshold(scored([])), ValueError, "the dataset has no rows"),
+        (lambda: threshold(scored([0.5]).select([]).map(Clear().score, batched=True)), ValueError, "has no rows"),
+        (
+            lambda: scored([0.5]).with_format("pandas").map(decide(0.5), batched=True),
+            TypeError,
+            r"DataFrame: use ds.with_format\(None\)",
+        ),
     ],
 )
 def test_errors(call, error, match):
@@ -108,6 +120,24 @@ def test_scores_as_files_and_streams_give_them(values):
     errors = np.array(["empty", "", ""]) if isinstance(values, np.ndarray) else ["empty", "", ""]
     batch = {"clear_confidence": values, "clear_error": errors}
     assert decide(0.6)(batch) == {"clear_decision": ["keep", "drop", "keep"]}
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "arrow"])
+def test_every_format_of_a_dataset_is_decided_and_filtered_the_same(kind):
+    ds = Dataset.from_dict({**CORRECTED, "clear_agreed": [False, False, True, False, False, False]})
+    wanted = ds.map(decide(0.5, agreed="keep"), batched=True)["clear_decision"][:]
+    decided = ds.with_format(kind).map(decide(0.5, agreed="keep"), batched=True)
+    assert decided.with_format(None)["clear_decision"][:] == wanted
+    assert decided.column_names == [*ds.column_names, "clear_decision"]
+    kept = ds.with_format(kind).filter(above(0.5), batched=True).with_format(None)
+    assert kept["clear_candidate"][:] == ds.filter(above(0.5))["clear_candidate"][:]
+
+
+def test_thresholds_of_all_and_none_and_of_other_scales_are_taken():
+    ds = scored([0.0, 1.0])
+    assert ds.filter(above(threshold(ds, 1)))["id"][:] == [0, 1]
+    assert [len(ds.filter(above(gamma))) for gamma in (-1, 1.1)] == [2, 0]
+    assert len(ds.filter(above(-60, column="id"))) == 2
 
 
 def test_steps_pickle():
@@ -194,6 +224,35 @@ def test_replaced_rows_hold_the_candidate_and_every_change_can_be_undone(name, s
     assert list(restore(splits, form)["train"]) == list(back)
 
 
+@pytest.mark.parametrize("kind", ["numpy", "arrow"])
+@pytest.mark.parametrize("first", [False, True])
+def test_formatted_streams_of_chats_are_replaced_and_restored(kind, first):
+    columns = {"conversations": TURNS, **CORRECTED, "clear_preference": [0.5, 0.9, 0.7, 0.9, NAN, 0.9]}
+    stream = Dataset.from_dict(columns).to_iterable_dataset()
+    stream = (
+        stream.with_format(kind).map(decide(0.5), batched=True) if first
+        else stream.map(decide(0.5), batched=True).with_format(kind)
+    )  # fmt: skip
+    done = curated(stream)
+    assert [row["conversations"][-1]["value"] for row in plain(done)] == [" 0\n", "better", " 3\n", " 5\n"]
+    assert [row["conversations"] for row in plain(restore(done))] == [TURNS[i] for i in (0, 1, 3, 5)]
+
+
+def plain(stream):
+    """The rows, in no format."""
+    batches = [Batch(row if hasattr(row, "to_pydict") else {k: [v] for k, v in row.items()}) for row in stream]
+    return [{name: values[0] for name, values in batch.items()} for batch in batches]
+
+
+def test_a_row_to_replace_that_cannot_be_read_is_an_error():
+    columns = {"question": ["Where?"], "answer": ["here"], "q": ["What?"], "a": [""]}
+    ds = Dataset.from_dict({**columns, **{name: values[1:2] for name, values in CORRECTED.items()}})
+    decided = ds.map(decide(0.5), batched=True)
+    with pytest.raises(FormatError, match=r"row to replace .*column 'a' is empty.*format=clear\.format"):
+        curated(decided, Columns("q", "a"))
+    assert curated(decided)["answer"][:] == ["better"]
+
+
 def test_rows_without_candidates_are_left_as_they_are():
     ds = scored([0.1, 0.9]).map(decide(0.5), batched=True)
     assert curated(ds).column_names == ds.column_names
@@ -261,7 +320,7 @@ def test_a_split_without_rows_stays_one():
     kept = curated(found.map(decide(gamma), batched=True))
     assert len(kept["train"]) == sum(c > gamma for c in found["train"]["clear_confidence"])
     assert kept["test"].to_list() == []
-    with pytest.raises(ValueError, match="no column 'clear_confidence'"):
+    with pytest.raises(ValueError, match="the dataset has no rows"):
         threshold(DatasetDict(test=rows.select([])))
 
 

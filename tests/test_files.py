@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from clear_datasets import threshold
-from clear_datasets.files import check_columns, check_folder, write, write_folder
+from clear_datasets.files import check_columns, check_folder, check_out, write, write_folder
 from clear_datasets.reading import load
 
 ODD = {
@@ -93,6 +93,66 @@ def test_objects_of_any_kind_stay_as_they_are(tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     write(rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
     assert list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())) == TOOLS
+
+
+MIXED = [
+    {"question": "A?", "answer": "4", "meta": {"a": 1}, "x": 0.1234567890123456},
+    {"question": "B?", "answer": 5, "meta": {"b": [0.1234567890123456, {"c": "null"}]}, "x": 1e-300},
+    {"question": "C?", "answer": "[1]", "meta": {"a": "2"}, "x": 2.0},
+    {"question": "D?", "answer": '"quoted"', "meta": None, "x": 0.1},
+    {"question": "E?", "answer": "\ud83d", "meta": {}, "x": None},
+]
+PARTS = [
+    [{"type": "text", "text": "Sum?"}], "4", '{"a": 1}', " é\n", "\ud83d",
+]  # fmt: skip
+CHATS = [
+    {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": target}]}
+    for part, target in zip(PARTS, [*PARTS[1:], "x"], strict=True)
+]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this datasets has no type for any JSON")
+@pytest.mark.parametrize("wanted", [MIXED, CHATS])
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_texts_in_columns_of_several_types_stay_texts(wanted, ending, tmp_path):
+    lines = list(map(json.dumps, wanted))
+    (tmp_path / f"in{ending}").write_text("\n".join(lines) if ending == ".jsonl" else f"[{', '.join(lines)}]")
+    found = rows(tmp_path / f"in{ending}")
+    write(found, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text().splitlines() == [
+        json.dumps(row, ensure_ascii=False).replace("\ud83d", "\\ud83d") for row in wanted
+    ]
+    read = [row["messages"][1]["content"] if "messages" in row else row["answer"] for row in found]
+    assert read[:3] == [row["messages"][1]["content"] if "messages" in row else row["answer"] for row in wanted[:3]]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this datasets has no type for any JSON")
+@pytest.mark.parametrize("several", [False, True])
+def test_columns_that_are_of_several_types_late_are_read_as_they_are(several, tmp_path):
+    first = {"messages": [{"role": "user", "content": "What? " * 400}, {"role": "assistant", "content": "4"}]}
+    parts = [[first] * (10 if several else 5_000), CHATS]  # of more than the 10 MB that the loader takes at a time
+    texts = ["".join(json.dumps(row) + "\n" for row in part) for part in parts]
+    for name, text in zip("ab", texts if several else ["".join(texts)], strict=False):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    write(rows(tmp_path / "*.jsonl"), tmp_path / "out.jsonl")
+    assert list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())) == parts[0] + parts[1]
+
+
+def test_nan_is_null_in_json_wherever_it_stands(tmp_path):
+    nan = float("nan")
+    ds = Dataset.from_dict({"m": [{"x": nan, "y": 1.5}], "v": [[nan, 2.0]], "c": [nan]})
+    for name in ("out.jsonl", "out.json"):
+        write(ds, tmp_path / name)
+        assert "NaN" not in (tmp_path / name).read_text()
+        assert rows(tmp_path / name).to_list() == [{"m": {"x": None, "y": 1.5}, "v": [None, 2.0], "c": None}]
+
+
+def test_an_out_without_a_name_is_refused():
+    for out in (".", "/", ""):
+        with pytest.raises(ValueError, match=r"OUT, .*, has no name: give a file or a new folder, as .*curated\.jsonl"):
+            check_out(Path(out), "train.jsonl")
+        with pytest.raises(ValueError, match="has no name"):
+            check_folder(Path(out), None, Path("/kept"))
 
 
 def test_rows_without_some_columns_and_wider_numbers_are_read(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 from datasets import Dataset, Features, List, Value
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from clear_datasets import Chat, Columns, infer
 from clear_datasets.formats import FormatError
+from clear_datasets.infer_format import _warn_of
 
 USER = {"role": "user", "content": "2 + 2?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -74,6 +76,20 @@ READABLE = [
         ["2 + 2?"], "5", {"conversations": {"from": ["human", "gpt"], "value": ["2 + 2?", "4"]}},
     ),
     (
+        Chat("conversations", role="from", content="value", system="system"),
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5"}]},
+        ["Be brief.", "2 + 2?"], "5",
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    ),
+    (
+        Chat("messages", system="persona"), {"persona": "Be long.", "messages": [SYSTEM, USER, FIVE]},
+        ["Be brief.", "2 + 2?"], "5", {"messages": [SYSTEM, USER, {"role": "assistant", "content": "4"}]},
+    ),
+    (
+        Chat("messages", system="persona"), {"persona": None, "messages": [USER, FIVE]},
+        ["2 + 2?"], "5", {"messages": [USER, {"role": "assistant", "content": "4"}]},
+    ),
+    (
         Chat("dialog", role="who", content="says", user="Kim", assistant="Helper"),
         {"dialog": [{"who": "Kim", "says": "2 + 2?"}, {"who": "Helper", "says": "5"}]},
         ["2 + 2?"], "5", {"dialog": [{"who": "Kim", "says": "2 + 2?"}, {"who": "Helper", "says": "4"}]},
@@ -103,6 +119,9 @@ UNREADABLE = [
     (Columns(), {"prompt": "\ud83d", "response": "x"}, "half a surrogate pair"),
     (Columns(), {"prompt": [USER], "response": [USER]}, "expected one from the assistant"),
     (Columns(), {"prompt": [], "response": "x"}, "holds no message"),
+    (Chat(system="persona"), {"messages": [USER, FIVE]}, "no column 'persona'; found 'messages'"),
+    (Chat(system="system"), {"system": "Be brief.", "messages": [FIVE]}, "no text before the last assistant turn"),
+    (Chat(system="system"), {"system": 3, "messages": [USER, FIVE]}, "column 'system' holds a int; expected text"),
     (Chat(), {"messages": [USER]}, "has 1 turns and none of the assistant"),
     (Chat(), {"messages": []}, "has 0 turns"),
     (Chat(), {"messages": None}, "holds nothing; expected a list of turns"),
@@ -149,6 +168,33 @@ def test_infer_chats_by_their_keys(column, role, content):
     for source in (ds.features, ds[0], Features({column: List({role: Value("string"), content: Value("string")})})):
         form = infer(source)
         assert form.read(ds[0]).response == "5"
+
+
+def test_the_system_column_of_a_chat_is_read():
+    turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5"}]
+    ds = Dataset.from_dict({"conversations": [turns] * 2, "system": ["Answer in French.", ""]})
+    for source in (ds.features, ds[0]):
+        assert [len(infer(source).read(row).prompt) for row in ds] == [2, 1]
+    assert infer(ds.features).read(ds[0]).prompt[0] == {"role": "system", "content": "Answer in French."}
+
+
+@pytest.mark.parametrize(
+    "names, unread",
+    [
+        (["question", "options", "answer"], "options"),
+        (["instruction", "input", "output", "history"], "history"),
+        (["prompt", "response", "input", "system", "tools"], "input, tools"),
+        (["context", "question", "answer", "id", "source"], None),
+        (["instruction", "input", "output"], None),
+    ],
+)
+def test_columns_that_may_belong_to_the_prompt_are_named_once(names, unread):
+    _warn_of.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            infer(dict.fromkeys(names, "x"))
+    assert [str(w.message).partition(": ")[2].partition(".")[0] for w in found] == ([unread] if unread else [])
 
 
 def test_infer_names_what_was_found_what_is_known_and_the_way_out():

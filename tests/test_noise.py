@@ -48,6 +48,14 @@ def test_noise_is_marked_seeded_and_can_be_undone(make, ds):
         make(ds, fraction=2)
 
 
+@pytest.mark.parametrize("make, ds", MAKERS)
+@pytest.mark.parametrize("kind", ["arrow", "numpy"])
+def test_noise_is_that_of_plain_rows_in_any_format_which_stays(make, ds, kind):
+    noisy = make(ds.with_format(kind), fraction=0.25)
+    assert noisy.format["type"] == kind
+    assert noisy.with_format(None)[:] == make(ds, fraction=0.25)[:]
+
+
 def test_wrong_sentences_come_from_the_passage_and_lack_the_answer():
     for row in noise.wrong_sentence(SQUAD, fraction=1):
         assert row["answer"] in row["context"]
