@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     D = TypeVar("D", bound=AnyDataset)
 
+_OWN = {"batched", "function", "input_columns", "remove_columns", "with_indices"}  # of ``ds.map``: not for each pass
+_NAMES = {"cache_file_name", "cache_file_names", "new_fingerprint"}  # of a result, as which a pass would take the first
 _PARTS = ("confidence", "consistency", "reflection", "similarity", "agreement", "compared")
 NUMBERS = ("clear_confidence", *BOUNDS, "clear_drawn")  # what a pass goes by
 
@@ -242,7 +244,7 @@ def score_to_keep(ds: D, clear: Clear, keep: float = 0.5, **how: Any) -> D:
         ds: A dataset, or a stream, which is read once a pass.
         clear: The steps, with the cache of answers.
         keep: Share of the scored rows to keep, in [0, 1].
-        how: For ``ds.map``, as ``batch_size``.
+        how: For ``ds.map``, as ``batch_size``; not what each pass has of its own, as ``remove_columns``.
 
     Returns:
         The dataset with the columns of `Clear.score`, with ``clear_least`` and ``clear_most``, what the confidence may
@@ -250,7 +252,7 @@ def score_to_keep(ds: D, clear: Clear, keep: float = 0.5, **how: Any) -> D:
 
     Raises:
         ValueError: `keep` is out of range, or the cache is off.
-        TypeError: The estimator is no `BSDetector`.
+        TypeError: The estimator is no `BSDetector`, or an option of ``ds.map`` does not go with several passes.
 
     Examples:
         >>> from clear_datasets import Clear
@@ -262,6 +264,15 @@ def score_to_keep(ds: D, clear: Clear, keep: float = 0.5, **how: Any) -> D:
     if clear.cache is False:
         raise ValueError(
             "the passes take up the samples of earlier ones from the cache of answers: leave Clear(cache=...) on"
+        )
+    if taken := sorted(_OWN & {*how}):
+        raise TypeError(
+            f"{' and '.join(taken)} cannot be set: each pass over the rows goes on from what the one before has added; "
+            "call ds.map(...) with it before or behind score_to_keep"
+        )
+    if (taken := sorted(_NAMES & {*how})) and how.get("load_from_cache_file") is not False:
+        raise TypeError(
+            f"{' and '.join(taken)} needs load_from_cache_file=False here: else each pass finds the result of the first"
         )
     whole = Adaptive(clear.confidence, math.inf, -math.inf)  # type: ignore[arg-type]  # it checks that
     scored = ds

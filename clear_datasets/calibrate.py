@@ -13,7 +13,7 @@ from clear_datasets import noise as makers
 from clear_datasets.apply import OURS
 from clear_datasets.confidence import BSDetector, Confidence
 from clear_datasets.formats import Format, FormatError
-from clear_datasets.infer_format import infer, without_media
+from clear_datasets.infer_format import infer_dataset, without_media
 from clear_datasets.intervals import FEW, Interval, auroc_of_all, bootstrap, interval, rarer, share
 
 if TYPE_CHECKING:
@@ -95,13 +95,13 @@ def calibrate(
 
     Raises:
         TypeError: The estimator is not `BSDetector`.
-        ValueError: None of the makers can be used on these rows, or none of them can be scored.
+        ValueError: None of the rows can be read or scored, or none of the makers can be used on them.
     """
     if not isinstance(clear.confidence, BSDetector):
         raise TypeError(f"weights are fitted of BSDetector's parts; {type(clear.confidence).__name__} has none")
     if unknown := [kind for kind in noise if kind not in makers.MAKERS]:
         raise ValueError(f"there is no noise {', '.join(unknown)}; known are {', '.join(makers.MAKERS)}")
-    form = clear.format or infer(ds.features)
+    form = clear.format or infer_dataset(ds.with_format(None))
     notes: list[str] = []
     sample = _noisy(_readable(ds, form, rows, seed, notes), noise, fraction, seed, form, notes)
     examples, good = [form.read(row) for row in without_media(sample)], np.array([not kind for kind in sample["noise"]])
@@ -150,6 +150,8 @@ def _readable(ds: Dataset, form: Format, rows: int, seed: int, notes: list[str])
             form.read(row)
         except FormatError as error:
             reasons[i] = str(error)
+    if len(reasons) == len(sample):
+        raise ValueError(f"none of the {len(sample)} rows can be read; the first: {reasons.get(0, 'there is none')}")
     if reasons:
         notes.append(f"without {len(reasons)} of {len(sample)} rows; the first one: {next(iter(reasons.values()))}")
     return sample.select([i for i in range(len(sample)) if i not in reasons])

@@ -281,23 +281,26 @@ def last_part(text: str) -> str:
 
 
 def _examples(rows: Dataset, clear: Clear | None, audited: bool) -> dict[str, list[dict[str, str]]]:
-    """A few rows of each decision: of those kept and dropped the least confident."""
+    """A few rows of each decision: of those kept and dropped the least confident; none in columns of unknown names."""
     import numpy as np
 
+    from clear_datasets.formats import FormatError
     from clear_datasets.infer_format import of_each, without_media
 
     if "clear_decision" not in rows.column_names or not len(rows):
         return {}
     rows = without_media(rows)
-    form_of = of_each(clear.format if clear else None, rows)
     scores = np.asarray(rows["clear_confidence"][:], dtype=float)
     decisions = np.array(rows["clear_decision"][:])
     found: dict[str, list[dict[str, str]]] = {}
-    for decision, title in _DECISIONS.items():
-        chosen = np.flatnonzero((decisions == decision) & ~np.isnan(scores))
-        chosen = chosen[np.argsort(scores[chosen], kind="stable")][:_EXAMPLES]
-        examples = [rows[int(i)] for i in chosen]
-        found[title] = [_example(row, form_of(row), audited) for row in examples]
+    try:
+        form_of = of_each(clear.format if clear else None, rows)
+        for decision, title in _DECISIONS.items():
+            chosen = np.flatnonzero((decisions == decision) & ~np.isnan(scores))
+            chosen = chosen[np.argsort(scores[chosen], kind="stable")][:_EXAMPLES]
+            found[title] = [_example(row, form_of(row), audited) for row in (rows[int(i)] for i in chosen)]
+    except FormatError:
+        return {}
     return {title: shown for title, shown in found.items() if shown}
 
 

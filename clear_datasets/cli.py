@@ -102,8 +102,8 @@ def curate(
     src: options.Source,
     out: options.Out,
     model: options.Model,
-    keep: options.Keep = 0.5,
-    gamma: Annotated[float | None, typer.Option(help="A fixed threshold in place of --keep.")] = None,
+    keep: options.Keep = None,
+    gamma: Annotated[float | None, typer.Option(min=0, max=1, help="A fixed threshold in place of --keep.")] = None,
     failed: Annotated[options.Failed, typer.Option(help="What becomes of rows without a score.")] = options.Failed.keep,
     model_revision: options.ModelRevision = None,
     split: options.Split = None,
@@ -124,8 +124,10 @@ def curate(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Fine-tune MODEL to write them (the default without --writer).")
     ] = False,
-    preference: options.Preference = options.Judge.confidence,
-    eta: Annotated[float, typer.Option(min=0, max=1, help="Preference above which a candidate replaces.")] = 0.8,
+    preference: options.Preference = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Preference above which a candidate replaces (default: 0.8).")
+    ] = None,
     keep_agreed: Annotated[
         bool, typer.Option("--keep-agreed", help="Keep less confident rows whose target the writer repeats.")
     ] = False,
@@ -149,8 +151,11 @@ def curate(
         audit = results.audit_file(out)
         check_out(out, src, results.settings_file(out))
         check_out(audit, src)
-        if not correct and (writer or finetune or keep_agreed or rounds > 1):
-            raise ValueError("--writer, --finetune, --keep-agreed and --rounds go with --correct")
+        if not correct and (writer or finetune or keep_agreed or rounds > 1 or preference or eta is not None):
+            raise ValueError("--writer, --finetune, --keep-agreed, --rounds, --preference and --eta go with --correct")
+        if gamma is not None and keep is not None:
+            raise ValueError(f"--gamma {gamma} is a threshold in place of --keep {keep}: give one of them")
+        keep, eta = 0.5 if keep is None else keep, 0.8 if eta is None else eta
         _check_training(correct, writer)
         stages = options.stages(out, batch_size, replicas, ray, retry)
         if writer and (finetune or rounds > 1):
@@ -181,10 +186,15 @@ def curate(
         own = [c for c in rows.column_names if not (scored and c in OURS)]
         results.forget(out)
         write(decided, audit)
-        write(curated(decided, form).select_columns([c for c in own if c in decided.column_names]), out)
+        left = curated(decided, form).select_columns([c for c in own if c in decided.column_names])
+        write(left, out)
         more = {"eta": eta, "keep_agreed": keep_agreed, "rounds": rounds} if correct else {}
         results.keep_settings(out, clear, rows, gamma=cut, failed=failed.value, **more)
         summary(decided, out, clear, cut)
+        if not len(left):
+            console.print(
+                f"{out} has no rows, as no confidence is above {cut:.4f}: lower --gamma, or raise --keep", markup=False
+            )
 
 
 @app.command(epilog=_EXAMPLES)
@@ -195,9 +205,9 @@ def estimate(
     writer: options.Writer = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the machine, in any currency.")] = None,
     probe: Annotated[int, typer.Option(min=2, help="Rows to run; on a GPU, let it have as many as a batch.")] = 50,
-    keep: options.Keep = 0.5,
+    keep: options.Keep = None,
     rounds: options.Rounds = 1,
-    preference: options.Preference = options.Judge.confidence,
+    preference: options.Preference = None,
     model_revision: options.ModelRevision = None,
     split: options.Split = None,
     config: options.Config = None,
@@ -217,8 +227,8 @@ def estimate(
     from clear_datasets.stages import usual_batch_size
 
     with clear_errors(2):
-        if not correct and (writer or rounds > 1):
-            raise ValueError("--writer and --rounds go with --correct")
+        if not correct and (writer or rounds > 1 or preference):
+            raise ValueError("--writer, --rounds and --preference go with --correct")
         _check_training(correct, writer)
     with clear_errors():
         rows = load(src, split, config, revision, limit)
@@ -227,7 +237,8 @@ def estimate(
         clear = clear.with_writer(writer) if writer else clear
         console.print(f"running {min(probe, len(rows)):,} of {len(rows):,} rows")
         size = batch_size or usual_batch_size()
-        costs = estimate(rows, clear, correct=correct, keep=keep, probe=probe, batch_size=size, rounds=rounds)
+        share = 0.5 if keep is None else keep
+        costs = estimate(rows, clear, correct=correct, keep=share, probe=probe, batch_size=size, rounds=rounds)
         cost_table(costs, len(rows), price_per_hour)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from clear_datasets.engines.checkpoint import after_fork, best_device, free_memory, loading, short_of_memory
+from clear_datasets.engines.checkpoint import after_fork, best_device, free_memory, loading, short_of_memory, stamp
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -74,14 +74,15 @@ class Encoder:
         free_memory()
 
 
-def encoder_of(model: str, revision: str | None, device: str | None, auto: str) -> Encoder:
-    """The encoder of a checkpoint, by a class of `transformers`, loaded at the first call in this process."""
+def encoder_of(model: str | os.PathLike[str], revision: str | None, device: str | None, auto: str) -> Encoder:
+    """The encoder of a checkpoint, by a class of `transformers`, loaded once a process and state of its files."""
     after_fork()
-    return _loaded(model, revision, device, auto)
+    name = os.fspath(model)
+    return _loaded(name, revision, device, auto, stamp(name))
 
 
 @lru_cache(maxsize=4)
-def _loaded(model: str, revision: str | None, device: str | None, auto: str) -> Encoder:
+def _loaded(model: str, revision: str | None, device: str | None, auto: str, state: str) -> Encoder:
     import transformers
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear_datasets.engines import Answers, Asks, Engine, Queued, default_engine
 from clear_datasets.engines.chats import Chats, tokenizer_of
-from clear_datasets.engines.checkpoint import source_of
+from clear_datasets.engines.checkpoint import loading, source_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +59,8 @@ def estimate(
 
     Args:
         rows: All rows, in any format that `Clear.score` takes.
-        clear: The steps.
+        clear: The steps. Tokens are counted by the tokenizer of its model: with a server, name the checkpoint that it
+            serves, ``Clear("Qwen/Qwen2.5-7B-Instruct", engine=OpenAI(...))``.
         correct: Auto-Correct, too.
         keep: Share of the rows above the threshold.
         probe: How many rows to run.
@@ -70,12 +72,14 @@ def estimate(
 
     Raises:
         ValueError: None of the probe's rows can be scored.
+        EngineError: There is no such model.
     """
     from clear_datasets import above, threshold
 
     sample = rows.with_format(None).shuffle(seed=0).select(range(min(probe, len(rows))))
-    chats = Chats.of(tokenizer_of(source_of(clear.model), clear.revision), sys.maxsize, None)
-    engine = Metered(clear.engine or default_engine(clear.model, clear.revision), chats)
+    with loading(clear.model):
+        chats = Chats.of(tokenizer_of(source_of(clear.model), clear.revision), sys.maxsize, None)
+    engine = Metered(clear.engine or default_engine(os.fspath(clear.model), clear.revision), chats)
     base, scale = replace(clear, engine=engine, writer=None, cache=False), len(rows) / len(sample)
 
     def stage(name: str, step: Callable[..., Any], of: Dataset, used: Engine, times: int = 1) -> tuple[Dataset, Cost]:
@@ -111,7 +115,7 @@ def estimate(
 def _tuning(kept: Dataset, clear: Clear, chats: Chats, training: int, writer: str, rounds: int) -> Cost:
     """The cost of fine-tuning on as many rows like the kept ones, by that of a few steps."""
     from clear_datasets.finetune import BATCH, EPOCHS, finetune
-    from clear_datasets.infer_format import infer
+    from clear_datasets.infer_format import of_each, without_media
 
     whole = kept.select([i % len(kept) for i in range(max(len(kept), BATCH * (1 + _STEPS)))])  # no batch is short
     model: dict[str, Any] = {"revision": clear.revision, "format": clear.format, "save_strategy": "no"}
@@ -122,8 +126,9 @@ def _tuning(kept: Dataset, clear: Clear, chats: Chats, training: int, writer: st
             finetune(whole, clear.model, out, max_steps=steps, **model)
         seconds.append(time.monotonic() - started)
     step = (seconds[1] - seconds[0]) / _STEPS
-    form = clear.format or infer(kept.features)
-    examples = [form.read(row) for row in kept]
+    rows = without_media(kept)
+    form_of = of_each(clear.format, rows)
+    examples = [form_of(row).read(row) for row in rows]
     tokens = sum(map(len, chats.encode([e.prompt for e in examples], [0] * len(examples))))
     tokens += sum(len(chats.response(e.response)) for e in examples)
     every, scale = EPOCHS * math.ceil(training / BATCH), training / len(kept)

@@ -35,7 +35,7 @@ _SAME_WEIGHTS = {  # options that may change from start to start
 
 def finetune(
     ds: Dataset,
-    model: str,
+    model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     revision: str | None = None,
@@ -84,7 +84,7 @@ def finetune(
         )
     if taken := sorted({"hub_token", "token"} & {*options, *(options.get("model_init_kwargs") or {})}):
         raise ValueError(f"{' and '.join(taken)} would be written into {out}: set HF_TOKEN, or hf auth login")
-    folder, device = Path(out), best_device()
+    folder, model, device = Path(out), os.fspath(model), best_device()
     trust = bool(options.get("trust_remote_code"))
     on_cpu, on_cuda = device == "cpu", device == "cuda"  # of a third kind, "mps", torch.cuda tells nothing
     source = source_of(model)

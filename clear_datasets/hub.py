@@ -57,12 +57,13 @@ def push_to_hub(
         curated: What `curated` made.
         repo_id: ``owner/name``; made where it is not there.
         audit: What `decide` made, before `curated`.
-        clear: The steps, whose settings go into the card.
+        clear: The steps, whose settings go into the card; where columns have names of their own, rows are shown there
+            by its ``format`` alone.
         settings: More of them, by name: gamma, eta, a command, ...
         source: Hub id of the source; known where the rows were loaded from there. Its licence and languages go along.
         scores: Keep our columns among the curated rows, too.
         private: Whether a new repository is private.
-        split: Name of the split of a Dataset; "train" by default.
+        split: Name of the split of a Dataset; by default the one that it was loaded from, else "train".
         revision: Branch; made where it is not there.
         token: Of an account that may write; by default the one of ``hf auth login``.
         max_shard_size: Bytes of rows in a file, before they are compressed.
@@ -136,10 +137,11 @@ def _splits(ds: Dataset | DatasetDict, split: str | None) -> Splits:
             raise ValueError(f"split is {split!r}, but there are the splits {', '.join(ds)}: they keep their names")
         found = dict(ds)
     else:
-        found = {split or str(ds.split or "train"): ds}
+        found = {split or re.sub(r"^([\w.]+)\[[^][]*\]$", r"\1", str(ds.split or "train")): ds}  # of "train[:10%]", too
     for name in found:
         if not re.fullmatch(r"\w+(\.\w+)*", name):
-            raise ValueError(f"split {name!r} cannot be on the Hub: expected letters, digits and underscores")
+            mend = "" if isinstance(ds, Mapping) else "; give split='train', say"
+            raise ValueError(f"split {name!r} cannot be on the Hub: expected letters, digits and underscores{mend}")
     return found
 
 

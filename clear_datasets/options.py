@@ -81,14 +81,16 @@ Retry = Annotated[
         "--retry-failed", help="Ask again about rows that a run before this one has a reason for, not a score."
     ),
 ]
-Keep = Annotated[float, typer.Option(min=0, max=1, help="Share of the scored rows to keep.")]
+Keep = Annotated[float | None, typer.Option(min=0, max=1, help="Share of the scored rows to keep (default: 0.5).")]
 Correct = Annotated[bool, typer.Option("--correct", help="Replace targets by better candidates, too.")]
 Writer = Annotated[str | None, typer.Option(help="Adapter or model that writes candidates.")]
 Rounds = Annotated[
     int, typer.Option(min=1, help="How often to write candidates, by a model trained on the last round.")
 ]
-_JUDGING = "How MODEL judges candidates: by its confidence in each, or which is better, without or with reasons."
-Preference = Annotated[Judge, typer.Option(help=_JUDGING)]
+_JUDGING = (
+    "How MODEL judges candidates: by its confidence in each (the default), or which is better, without or with reasons."
+)
+Preference = Annotated[Judge | None, typer.Option(help=_JUDGING)]
 
 
 def format_of(rows: Dataset, prompt: str | None, response: str | None, input: str | None, context: str | None,
@@ -124,7 +126,7 @@ def _with(form: Columns, given: Mapping[str, Any]) -> Columns:
 
 
 def steps(
-    model: str, revision: str | None, form: Format | None, samples: int, math: bool, judge: str = Judge.confidence,
+    model: str, revision: str | None, form: Format | None, samples: int, math: bool, judge: Judge | None = None,
     cache: bool = True,
 ) -> Clear:  # fmt: skip
     """The steps that these options stand for."""
@@ -132,7 +134,7 @@ def steps(
     from clear_datasets.preference import by_name
 
     estimator = BSDetector.math(samples) if math else BSDetector(k=samples)
-    preference = by_name(judge, estimator)
+    preference = by_name(judge or Judge.confidence, estimator)
     return Clear(
         model, revision, format=form, confidence=estimator, preference=preference, cache=None if cache else False
     )

@@ -43,7 +43,7 @@ def plot(ds: Dataset, gamma: float | None = None) -> altair.LayerChart:
 
     Raises:
         ImportError: altair is not installed.
-        TypeError: `ds` has several splits.
+        TypeError: `ds` has several splits, or is a stream.
         ValueError: The rows have no scores.
     """
     _check_one(ds, "plot(ds[{!r}])")
@@ -122,7 +122,7 @@ def report(
 
     Raises:
         ImportError: vl-convert-python is not installed.
-        TypeError: `ds` has several splits.
+        TypeError: `ds` has several splits, or is a stream.
         ValueError: The rows have no scores.
     """
     _check_one(ds, "report(ds[{!r}], ...)")
@@ -175,6 +175,11 @@ def _check_one(ds: Any, call: str) -> None:
     if isinstance(ds, Mapping):
         names = [str(name) for name in ds] or ["train"]
         raise TypeError(f"got a {type(ds).__name__} of {', '.join(names)}; expected one split: {call.format(names[0])}")
+    if not hasattr(ds, "__len__"):
+        raise TypeError(
+            f"got a stream ({type(ds).__name__}), which is read row by row; expected a Dataset, which has all of them: "
+            "ds = Dataset.from_list(list(ds), features=ds.features)"
+        )
 
 
 def _numbers(rows: Dataset, name: str) -> npt.NDArray[np.float32]:

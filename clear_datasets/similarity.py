@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import unicodedata
@@ -153,8 +154,26 @@ class LLM:
         return np.asarray([1.0 if a == b else (answers[a, b] + answers[b, a]) / 2 for a, b in pairs], dtype=np.float32)
 
 
+class _Encoded:
+    """What `NLI` and `Embedding` share: their encoder is known by its files, or by its commit on the Hub."""
+
+    model: str | os.PathLike[str]
+    revision: str | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", os.fspath(self.model))
+
+    @property
+    def state(self) -> str:
+        model = os.fspath(self.model)
+        return stamp(model) or commit_of(model, self.revision)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stamp": self.state}  # one that was retrained in its place compares anew
+
+
 @dataclass(frozen=True)
-class NLI:
+class NLI(_Encoded):
     """One minus the probability that two texts contradict each other, the mean of both orders (BSDetector, s_i).
 
     Texts that are longer than the encoder takes (512 tokens a pair, mostly) are compared by their beginnings.
@@ -169,7 +188,7 @@ class NLI:
         Chen and Mueller 2024, arXiv 2308.16175 (observed consistency).
     """
 
-    model: str = "microsoft/deberta-large-mnli"
+    model: str | os.PathLike[str] = "microsoft/deberta-large-mnli"
     revision: str | None = None
     device: str | None = None
     batch_size: int = 64
@@ -200,7 +219,7 @@ class NLI:
 
 
 @dataclass(frozen=True)
-class Embedding:
+class Embedding(_Encoded):
     """Cosine of two sentence embeddings (mean of the last hidden states), cut off at 0.
 
     Texts that are longer than the encoder takes (512 tokens, mostly) are compared by their beginnings.
@@ -212,7 +231,7 @@ class Embedding:
         batch_size: Texts in one forward pass.
     """
 
-    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    model: str | os.PathLike[str] = "sentence-transformers/all-MiniLM-L6-v2"
     revision: str | None = None
     device: str | None = None
     batch_size: int = 256
@@ -243,5 +262,4 @@ def _once(
     """The scores of some pairs; those that the engine's cache knows are not compared again."""
     if not isinstance(engine, Cached):
         return compare(pairs)
-    model = stamp(encoder.model) or commit_of(encoder.model, encoder.revision)
-    return engine.similar(f"{type(encoder).__name__} {model}", pairs, compare)
+    return engine.similar(f"{type(encoder).__name__} {encoder.state}", pairs, compare)

@@ -33,6 +33,7 @@ CANDIDATES_REVISION = 5  # the same of candidates
 PREFERENCES_REVISION = 3  # and of preferences
 _CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
+_JUDGED = ("clear_preference", "clear_position_bias")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Clear:
     every process, so ``ds.map`` finds its cache, and different ones do not.
 
     Args:
-        model: Hub id, local folder or ``.gguf`` file; ``CLEAR_MODEL``, else Qwen2.5-1.5B-Instruct by default.
+        model: Hub id, local folder or ``.gguf`` file; by default that of the engine, else ``CLEAR_MODEL``, else
+            Qwen2.5-1.5B-Instruct. Beside an engine it is what is fine-tuned, and whose tokens are counted: for a
+            server, the checkpoint that it serves.
         revision: Branch, tag or commit of a Hub model.
         engine: What runs the model; the default is chosen for the machine.
         format: Where rows keep prompt and target; inferred from the columns by default.
@@ -51,7 +54,7 @@ class Clear:
         preference: Which of two responses is better; by default `ByConfidence` with the estimator of `confidence`.
         writer: A LoRA adapter or a checkpoint that writes candidates; see `with_writer`.
         gamma: The confidence at or below which rows get a candidate; None for all.
-        adaptive: Whether `score` stops sampling a row once its decision at gamma is sure, where gamma is known; see
+        adaptive: Whether `score` stops sampling a row once its decision at gamma is sure; needs gamma, see
             `score_to_keep` for one that is not known yet.
         cache: Folder of the answers that were paid for, which no run asks again: by default ``CLEAR_CACHE``, else
             ``clear_datasets/answers`` beside the Hub's own cache. False keeps none.
@@ -65,7 +68,7 @@ class Clear:
         Chen and Mueller 2024, "Automated Data Curation for Robust Language Model Fine-Tuning", arXiv 2403.12776.
     """
 
-    model: str = field(default_factory=lambda: os.environ.get("CLEAR_MODEL", DEFAULT_MODEL))
+    model: str | os.PathLike[str] = field(default=None)  # type: ignore[assignment]  # that of the engine, if it has one
     revision: str | None = None
     engine: Engine | None = field(default=None, kw_only=True)
     format: Format | None = field(default=None, kw_only=True)
@@ -79,11 +82,18 @@ class Clear:
 
     def __post_init__(self) -> None:
         # Into the pickled state, so that caches made by an older revision of the scores are not taken for this one's.
-        object.__setattr__(self, "scores_revision", SCORES_REVISION)
-        object.__setattr__(self, "cache", os.fspath(self.cache) if isinstance(self.cache, os.PathLike) else self.cache)
+        own: dict[str, Any] = {"scores_revision": SCORES_REVISION}
+        if self.model is None:
+            own["model"] = os.environ.get("CLEAR_MODEL", DEFAULT_MODEL)
+            if isinstance(model := getattr(self.engine, "model", None), str):
+                own |= {"model": model, "revision": self.revision or getattr(self.engine, "revision", None)}
+        paths = {name: getattr(self, name) for name in ("model", "writer", "cache")}
+        own |= {name: os.fspath(path) for name, path in paths.items() if isinstance(path, os.PathLike)}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        model = self.engine.identity if self.engine else self._state_of(self.model, self.revision)
+        model = self.engine.identity if self.engine else self._state_of(os.fspath(self.model), self.revision)
         own: dict[str, Any] = {"stamp": model, "writer_stamp": ""}
         if self.writer:  # the scores of others stay, whatever becomes of candidates
             revisions = (CANDIDATES_REVISION, PREFERENCES_REVISION)
@@ -124,21 +134,21 @@ class Clear:
             The new columns, or the table with them where the dataset's format is Arrow: ``clear_confidence``,
             ``clear_consistency`` and ``clear_reflection``, float32 in [0, 1] or nan; ``clear_error``, why a row has no
             score ("" where it has one). Of adaptive sampling also ``clear_least`` and ``clear_most``, what the
-            confidence may be after all samples, and ``clear_drawn``, int32, how many were drawn.
+            confidence may be after all samples, and ``clear_drawn``, int32, how many were drawn. Candidates and
+            preferences of an earlier run are blank after it: `propose` and `prefer` again ask nothing that is known.
 
         Raises:
             FormatError: The columns are not known; see `infer`.
-            TypeError: The step was called on a row (``batched=True`` is missing), or on a DataFrame.
+            TypeError: The step was called on a row (``batched=True`` is missing), on a DataFrame, or by a map with
+                ``input_columns`` or ``with_indices``.
+            ValueError: Samples are to be adaptive, and there is no gamma.
 
         References:
             BSDetector: Chen and Mueller 2024, arXiv 2308.16175.
         """
-        columns = Batch(batch)
+        columns, estimator = _columns_of(batch), self._estimator()
         examples, errors = self._read(columns)
         sound = [i for i, example in enumerate(examples) if example is not None]
-        estimator = self.confidence
-        if self.adaptive and self.gamma is not None:
-            estimator = Adaptive(estimator, self.gamma, self.gamma)  # type: ignore[arg-type]  # it checks that
         bounded = isinstance(estimator, Adaptive) or BOUNDS[0] in columns  # those of an earlier run are of no use now
         names = (*_COLUMNS, *BOUNDS) if bounded else _COLUMNS
         scores = {name: np.full(len(errors), np.nan, dtype=np.float32) for name in names}
@@ -152,7 +162,8 @@ class Clear:
                 errors[i] = error
             if bounded:
                 drawn[sound] = getattr(found, "drawn", getattr(estimator, "k", 0))
-        added: dict[str, Any] = {**scores, **({"clear_drawn": drawn} if bounded else {}), "clear_error": errors}
+        old = {name: values for name, values in _blank(len(errors)).items() if name in columns}  # of other scores
+        added = {**scores, **({"clear_drawn": drawn} if bounded else {}), "clear_error": errors, **old}
         return added if isinstance(batch, Mapping) else beside(batch, added)
 
     def propose(self, batch: Any, rank: int | None = None) -> Any:
@@ -166,7 +177,7 @@ class Clear:
             ``clear_candidate``, "" where there is none: the row is above gamma or has no score, or the candidate is
             empty or the target itself; ``clear_agreed``, whether it is the target; and ``clear_error``, which says why
             none could be written, or that it was cut off at the limit of its length (256 tokens, or 64 more than half
-            the bytes of the target).
+            the bytes of the target). Preferences of earlier candidates are blank after it.
 
         Raises:
             ValueError: There is no writer (`with_writer`), or the rows have no confidence that gamma is compared with.
@@ -176,11 +187,11 @@ class Clear:
         """
         if self.writer is None:
             raise ValueError("no model writes candidates: clear = clear.with_writer('folder of an adapter or model')")
-        columns = Batch(batch)
+        columns = _columns_of(batch)
         examples, errors = self._read(columns)
         wanted = [i for i, example in enumerate(examples) if example is not None and self._low(columns, i)]
-        candidates, reasons = [""] * len(errors), [""] * len(wanted)
-        agreed = np.zeros(len(errors), dtype=bool)
+        blank, reasons = _blank(len(errors)), [""] * len(wanted)
+        added = {name: values for name, values in blank.items() if name not in _JUDGED or name in columns}
 
         def question(j: int) -> Asks:
             example = examples[wanted[j]]
@@ -194,10 +205,9 @@ class Clear:
                 if answers.cut and answers.cut[0][0]:
                     reasons[j] = f"the answer is cut off at {question(j).limits[0]} tokens"
                 elif example is not None and text == example.response.strip():
-                    agreed[wanted[j]] = True
+                    added["clear_agreed"][wanted[j]] = True
                 else:
-                    candidates[wanted[j]] = text
-        added = {"clear_candidate": candidates, "clear_agreed": agreed}
+                    added["clear_candidate"][wanted[j]] = text
         return self._added(batch, columns, added, "no candidate", wanted, reasons)
 
     def prefer(self, batch: Any, rank: int | None = None) -> Any:
@@ -218,13 +228,13 @@ class Clear:
         References:
             Chen and Mueller 2024, arXiv 2403.12776 (Auto-Correct, steps 2 and 3).
         """
-        columns = Batch(batch)
+        columns = _columns_of(batch)
         if "clear_candidate" not in columns:
             raise ValueError("no column 'clear_candidate': run ds = ds.map(clear.propose, batched=True) first")
         examples, errors = self._read(columns)
         pairs = {i: (e, columns["clear_candidate"][i]) for i, e in enumerate(examples) if e is not None}
         judged = [i for i, (_, candidate) in pairs.items() if candidate]
-        added = {name: np.full(len(errors), np.nan, np.float32) for name in ("clear_preference", "clear_position_bias")}
+        added = {name: values for name, values in _blank(len(errors)).items() if name in _JUDGED}
         reasons: list[str] = []
         if judged:
             found = self.judge([pairs[i][0] for i in judged], [pairs[i][1] for i in judged], self._base(rank))
@@ -233,10 +243,25 @@ class Clear:
             reasons = found.errors
         return self._added(batch, columns, added, "no preference", judged, reasons)
 
+    def _estimator(self) -> Estimator:
+        """That of the scores, which stops at gamma where samples are adaptive."""
+        if not self.adaptive:
+            return self.confidence
+        if self.gamma is None:
+            raise ValueError(
+                "adaptive=True stops rows that are sure at gamma, and there is none: give Clear(gamma=...), or call "
+                "ds = score_to_keep(ds, clear, keep=0.5), which finds the one that keeps a share"
+            )
+        return Adaptive(self.confidence, self.gamma, self.gamma)  # type: ignore[arg-type]  # it checks that
+
     def _base(self, rank: int | None) -> Engine:
         if rank is not None:
+            if not isinstance(rank, int):
+                raise TypeError(
+                    f"rank is a {type(rank).__name__}; expected a number, as by with_rank=True: leave with_indices out"
+                )
             use_rank(rank, self.engine.gpus if self.engine else 1)
-        return cached(self.engine or default_engine(self.model, self.revision), self.cache)
+        return cached(self.engine or default_engine(os.fspath(self.model), self.revision), self.cache)
 
     def _low(self, columns: Batch, i: int) -> bool:
         if self.gamma is None:
@@ -303,3 +328,18 @@ class Clear:
                 examples.append(None)
                 errors[i] = str(error)
         return examples, errors
+
+
+def _columns_of(batch: Any) -> Batch:
+    if not (isinstance(batch, Mapping) or hasattr(batch, "columns")):  # as tables and data frames have them
+        raise TypeError(
+            f"got a {type(batch).__name__}; expected the columns of a batch: leave input_columns=[...] out of ds.map, "
+            "and name columns by Clear(format=Columns(...))"
+        )
+    return Batch(batch)
+
+
+def _blank(size: int) -> dict[str, Any]:
+    """The columns of `propose` and `prefer` where there is no candidate."""
+    judged = {name: np.full(size, np.nan, dtype=np.float32) for name in _JUDGED}
+    return {"clear_candidate": [""] * size, "clear_agreed": np.zeros(size, dtype=bool), **judged}

@@ -264,8 +264,6 @@ def test_settings_and_state():
         Adaptive(lambda examples, engine: None, 0, 1)
     with pytest.raises(ValueError, match="leave Clear"):
         score_to_keep(Dataset.from_dict(ROWS), replace(plain, cache=False))
-    without = replace(adaptive, gamma=None, engine=Scripted())
-    assert set(without.score(ROWS)) == {"clear_confidence", "clear_consistency", "clear_reflection", "clear_error"}
 
 
 def test_a_first_batch_without_any_score_does_not_fix_the_types():
@@ -293,3 +291,29 @@ def test_one_long_prompt_takes_no_memory_for_every_row():
     tracemalloc.stop()
     assert most < 50_000_000  # not 200 * 400,000 * 4
     assert [bool(e) for e in found.errors] == [True] + [False] * 199
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"remove_columns": ["question"]}, "remove_columns cannot be set: each pass over the rows goes on from"),
+        ({"input_columns": ["question"]}, "input_columns cannot be set"),
+        ({"with_indices": True, "batched": True}, "batched and with_indices cannot be set"),
+        ({"new_fingerprint": "x"}, "new_fingerprint needs load_from_cache_file=False here"),
+        ({"cache_file_name": "x.arrow"}, "cache_file_name needs load_from_cache_file=False here"),
+    ],
+)
+def test_what_does_not_go_with_several_passes_is_refused_before_the_first(asked, how, message):
+    with pytest.raises(TypeError, match=message):
+        score_to_keep(Dataset.from_dict(ROWS), Clear(engine=Graded(), confidence=FEW), **how)
+    assert not asked
+
+
+def test_a_result_may_be_named_where_no_pass_takes_it_for_its_own(tmp_path):
+    Dataset.from_dict(ROWS).save_to_disk(tmp_path / "rows")
+    ds, clear = Dataset.load_from_disk(str(tmp_path / "rows")), Clear(engine=Graded(), confidence=FEW)
+    wanted = score_to_keep(ds, clear)
+    for how in ({"new_fingerprint": "x"}, {"cache_file_name": str(tmp_path / "x.arrow")}):
+        scored = score_to_keep(ds, clear, load_from_cache_file=False, **how)
+        assert scored[:] == wanted[:]
+        assert threshold(scored) == threshold(wanted)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, concatenate_datasets
 
 from clear_datasets import BSDetector, Clear, Columns, decide, noise
 from clear_datasets.calibrate import calibrate
@@ -185,3 +186,24 @@ def test_auroc_counts_ties_half_whatever_the_number_of_rows():
     many = draw.random(1_000_000)
     assert noise.auroc(many, many > 0.5) == 1
     assert np.isnan(noise.auroc([0.1, 0.2], [True, True]))
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this datasets has no type for any JSON")
+def test_chats_are_told_by_their_values_as_they_are_when_they_are_scored():
+    turns = [
+        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in ROWS
+    ]
+    chats = Dataset.from_dict({"conversations": turns}, features=Features({"conversations": List(datasets.Json())}))
+    clear = Clear(engine=Scripted(answers=KNOWS))
+    assert not any(chats.map(clear.score, batched=True)["clear_error"][:])
+    found = calibrate(clear, chats, noise=["swap"], rows=N)
+    assert len(found.rows) == N
+    assert found.signals["direct, Jaccard: similarity"][1] > 0.7
+
+
+def test_rows_of_which_none_can_be_read_are_refused_with_the_reason():
+    empty = Dataset.from_dict({"question": ["", ""], "answer": ["x", "y"]})
+    with pytest.raises(ValueError, match="none of the 2 rows can be read; the first: column 'question' is empty"):
+        calibrate(Clear(engine=Scripted()), empty)
+    with pytest.raises(ValueError, match="none of the 0 rows can be read"):
+        calibrate(Clear(engine=Scripted()), empty.select([]))

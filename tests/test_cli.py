@@ -152,8 +152,8 @@ def test_a_run_that_is_killed_goes_on_behind_the_last_batch(source, tiny, tmp_pa
     fresh = here(*arguments[:3], tmp_path / "fresh[1]" / "scored.jsonl", *arguments[4:])
     assert fresh.returncode == 0, fresh.stderr
     assert lines(out) == lines(tmp_path / "fresh[1]" / "scored.jsonl")
-    others = (*arguments[4:-1], "4", "--preference", "confidence")  # of which no score depends
-    for cache in ((), ("--no-cache",)):  # nor of where answers are kept
+    others = (*arguments[4:-1], "4")
+    for cache in ((), ("--no-cache",)):  # where answers are kept changes no score
         curated = here("curate", *arguments[1:3], tmp_path / "curated.jsonl", *others, *cache)
         assert "9 from an earlier run" in curated.stderr
     other = here(*arguments[:7], "3", *arguments[8:])  # other settings: nothing of it is taken
@@ -451,3 +451,45 @@ def test_without_the_packages_that_train_nothing_is_scored(source, tiny, tmp_pat
     assert not (tmp_path / "clear_stages").exists()
     done = here("estimate", source, "-m", tiny, "--correct")
     assert (done.returncode, '"clear-datasets[train]"' in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--gamma", "60"), "less than or equal to 1"),
+        (("--gamma", "-0.1"), "greater than or equal to 0"),
+        (("--gamma", "nan"), "--gamma"),
+        (("--gamma", "0.4", "--keep", "0.5"), "--gamma 0.4 is a threshold in place of --keep 0.5: give one of them"),
+        (("--eta", "0.8"), "--preference and --eta go with --correct"),
+        (("--preference", "confidence"), "--preference and --eta go with --correct"),
+        (("--gamma", "0", "--keep-agreed"), "go with --correct"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(source, tiny, tmp_path, options, message):
+    code, said = command("curate", source, "-o", tmp_path / "out.jsonl", "--model", tiny, *options)
+    assert (code, message in " ".join(said.split())) == (2, True), said
+    assert not (tmp_path / "clear_stages").exists()
+    code, said = command("estimate", source, "--model", tiny, "--preference", "pairwise")
+    assert (code, "--writer, --rounds and --preference go with --correct" in said) == (2, True), said
+
+
+def test_settings_are_those_that_were_used_and_no_row_left_is_said(source, tiny, tmp_path):
+    few = ("--model", tiny, "--samples", "1")
+    for number, (options, left, known) in enumerate([
+        ((), 5, {"failed": "keep"}),  # one of them without a score
+        (("--keep", "1"), 9, {"failed": "keep"}),
+        (("--gamma", "1", "--failed", "drop"), 0, {"failed": "drop", "gamma": 1.0}),
+        (("--gamma", "0"), 9, {"gamma": 0.0}),
+        (("--correct", "--writer", tiny, "--preference", "pairwise"), 5, {"eta": 0.8}),
+        (("--correct", "--writer", tiny, "--eta", "1"), 5, {"eta": 1.0}),
+    ]):  # fmt: skip
+        out = tmp_path / f"{number}.jsonl"
+        code, said = command("curate", source, "-o", out, *few, *options)
+        assert code == 0, said
+        assert len(lines(out)) == left
+        assert ("has no rows, as no confidence is above 1.0000" in " ".join(said.split())) == (not left)
+        settings = json.loads((tmp_path / f"{number}.jsonl.settings.json").read_text())
+        assert known.items() <= settings.items()
+        assert ("eta" in settings) == ("--correct" in options)
+        assert ("Pairwise" in settings["preference"]) == ("pairwise" in options)
+        assert number == 0 or "9 from an earlier run" in said  # whatever the preference, scores are the same

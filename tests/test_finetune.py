@@ -96,3 +96,10 @@ def test_what_cannot_be_trained_on(tiny, tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="files of something else"):
         finetune(ROWS, tiny, tmp_path / "other")
+
+
+def test_a_model_may_be_given_as_a_path(tiny, tmp_path):
+    out = finetune(ROWS, Path(tiny), tmp_path / "out", max_steps=1)
+    written = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert finetune(ROWS, tiny, tmp_path / "out", max_steps=1) == out
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == written  # it is the same run

@@ -488,3 +488,46 @@ def test_a_push_that_is_out_of_reach_ends_in_one_line(error, tmp_path, monkeypat
     curated(rows).select(range(3)).to_parquet(out)
     code, said = command("push", out, "me/x")
     assert (code, "has 3 rows, and curated.parquet.audit.parquet keeps 7" in said) == (1, True), said
+
+
+def test_some_rows_of_a_split_are_pushed_under_its_name(hub, client):
+    client(push_part, "train[:8]")
+    assert {name: len(part) for name, part in client(load).items()} == {"train": 8}
+    with pytest.raises(ValueError, match=r"split 'train\[:2\]\+test' cannot be on the Hub.*; give split='train', say"):
+        client(push_part, "train[:2]+test")
+    assert {name: len(part) for name, part in client(load, config="audit").items()} == {"train": 8}
+    client(push_part, "train[:2]+test", split="few")
+    assert len(client(load)["few"]) == 5
+
+
+def push_part(which: str, **options: Any) -> str:
+    """Rows that `load_dataset` took out of splits."""
+    from datasets import load_dataset
+
+    DatasetDict(train=decided(12), test=decided(3)).push_to_hub("org/rows")
+    rows = load_dataset("org/rows", split=which)
+    return push(rows.map(lambda row: {"clear_decision": "keep"}), **options)
+
+
+def test_columns_of_unknown_names_are_shown_by_the_format_alone(hub, client):
+    rows = decided().rename_columns({"question": "q", "answer": "a"})
+    form = Columns("q", "a")
+    client(push_with, rows, form, None)
+    card = hub.text("me/x", "README.md")
+    for piece in ("| kept | 6 |", "| replaced | 1 |", "(clear_confidence.png)\n\n## How it was made", "## Limits"):
+        assert piece in card
+    assert "## Rows" not in card
+    assert client(load)["train"]["a"][:] == curated(rows, form)["a"][:]
+    client(push_with, rows, form, Clear("m", format=form))
+    card = hub.text("me/x", "README.md")
+    assert "## Rows\n\n### Kept" in card
+    assert "<pre>Where is 7?</pre>" in card
+    known = rows.add_column("question", [""] * len(rows)).add_column("answer", [""] * len(rows))
+    client(push_with, known, form, None)  # these are not what was scored
+    assert "## Rows" not in hub.text("me/x", "README.md")
+
+
+def push_with(rows: Any, form: Columns, clear: Clear | None) -> str:
+    from clear_datasets.hub import push_to_hub
+
+    return push_to_hub(curated(rows, form), "me/x", audit=rows, clear=clear)

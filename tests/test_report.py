@@ -302,3 +302,11 @@ def test_a_noise_column_of_ones_own_is_a_column_like_others(opened):
     rows = judged(40).remove_columns(["noise_original", "noise"]).add_column("noise", list(range(40)))
     page = opened(rows, gamma=0.5)
     assert page.locator("#above li").count()
+
+
+@pytest.mark.parametrize("show", [report, plot])
+def test_streams_are_refused_with_the_way_out(show, tmp_path):
+    stream = judged(3).to_iterable_dataset()
+    with pytest.raises(TypeError, match=r"got a stream \(IterableDataset\).*: ds = Dataset.from_list\(list\(ds\)"):
+        show(stream, tmp_path / "report.html")
+    show(Dataset.from_list(list(stream), features=stream.features), *[tmp_path / "report.html"] * (show is report))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 
-from clear_datasets import LLM, NLI, BSDetector, Clear, Embedding, FinalAnswer, Jaccard
+from clear_datasets import LLM, NLI, BSDetector, ByConfidence, Clear, Embedding, FinalAnswer, Jaccard
 from clear_datasets.engines import PromptError
 from clear_datasets.engines.transformers import Transformers
 from tests.conftest import Scripted, make_tiny
@@ -174,3 +176,35 @@ def test_what_a_model_cannot_compare_ends_no_batch():
     found = LLM()([("x" * 20_000, "y"), ("Rhine", "Main"), ("Rhine", "the Rhine")], Overflowing())
     assert np.isnan(found[:2]).all()
     assert found[2] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind", [NLI, Embedding])
+def test_an_encoder_that_was_trained_again_in_its_place_compares_anew(classifier, tmp_path, kind):
+    from transformers import BertForSequenceClassification
+
+    folder = shutil.copytree(classifier[0], tmp_path / "encoder")
+    detector = BSDetector(k=1, alpha=1, beta=1, similarity=kind(str(folder)))
+    rows = {"prompt": ["Where does the Rhine rise?"], "response": ["In the Alps"]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "rows")  # which map keeps its results beside
+    ds = Dataset.load_from_disk(str(tmp_path / "rows"))
+    clear = Clear(engine=Scripted(answers=(("Rhine", "in high mountains"),)), confidence=detector)
+    judging = Clear(engine=clear.engine, preference=ByConfidence(detector))
+    before = Hasher.hash(clear.score), Hasher.hash(judging.prefer)
+    first = ds.map(clear.score, batched=True)
+    assert ds.map(clear.score, batched=True).cache_files == first.cache_files != []
+    model = BertForSequenceClassification.from_pretrained(folder)
+    for weights in model.parameters():
+        weights.data = weights.data.flip(0)
+    model.save_pretrained(folder)
+    assert before[0] != Hasher.hash(clear.score)
+    assert before[1] != Hasher.hash(judging.prefer)
+    again = ds.map(clear.score, batched=True)["clear_confidence"][0]
+    fresh = kind(str(shutil.copytree(folder, tmp_path / "elsewhere")))
+    assert again == pytest.approx(fresh([("In the Alps", "in high mountains")], None)[0], abs=1e-6)
+    assert abs(again - first["clear_confidence"][0]) > 1e-3
+
+
+def test_an_encoder_may_be_given_as_a_path(classifier):
+    for kind in (NLI, Embedding):
+        one, other = kind(classifier[0]), kind(str(classifier[0]))
+        assert (one, repr(one), Hasher.hash(one)) == (other, repr(other), Hasher.hash(other))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets.fingerprint import Hasher
 
 import clear_datasets
-from clear_datasets import BSDetector, ByConfidence, Chat, Clear, Columns, Pairwise
+from clear_datasets import BSDetector, ByConfidence, Chat, Clear, Columns, Pairwise, decide
 from clear_datasets.engines.transformers import Transformers
+from clear_datasets.engines.vllm import VLLM
 from clear_datasets.formats import FormatError
 from tests.conftest import Scripted, make_tiny
 
@@ -264,3 +267,81 @@ def test_a_writer_that_was_trained_again_writes_anew(tiny, tmp_path):
     assert before == Hasher.hash(Clear("m").with_writer(str(tmp_path)).propose)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
     assert Hasher.hash(clear.propose) != before
+
+
+LATER = ("clear_candidate", "clear_agreed", "clear_preference", "clear_position_bias")
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "arrow"])
+def test_another_model_does_not_take_over_the_candidates_of_an_earlier_one(kind):
+    ds = Dataset.from_dict({"question": ["Where?", "Who?"], "answer": ["Rome", "Ada"]})
+    first = Clear(engine=Tunable(answers=(("Where?", "the Alps"),), yes=("the Alps",))).with_writer("the Alps")
+    ds = ds.map(first.score, batched=True).map(first.propose, batched=True).map(first.prefer, batched=True)
+    assert ds.map(decide(1.0), batched=True)["clear_decision"][:] == ["replace", "drop"]  # the usual way
+    assert ds["clear_agreed"][:] == [False, True]
+    second = Clear(engine=Tunable(answers=(("Where?", "Rome"),), yes=("Rome",))).with_writer("the Andes")
+    again = ds.with_format(kind).map(second.score, batched=True).with_format(None)
+    assert {**again.features} == {**ds.features}
+    rows = again.select_columns([*LATER])[:]
+    assert (rows["clear_candidate"], rows["clear_agreed"]) == (["", ""], [False, False])
+    assert np.isnan([rows["clear_preference"], rows["clear_position_bias"]]).all()
+    assert again.map(decide(1.0), batched=True)["clear_decision"][:] == ["drop", "drop"]
+    other = ds.with_format(kind).map(second.propose, batched=True).with_format(None)
+    assert other["clear_candidate"][:] == ["the Andes", ""]
+    assert np.isnan(other["clear_preference"][:]).all()  # they are of the first model's candidates
+    assert {**other.features} == {**ds.features}
+
+
+def test_rows_without_candidates_get_no_columns_of_them():
+    scored = Dataset.from_dict(ROWS).map(CLEAR.score, batched=True)
+    assert not {*LATER} & {*scored.column_names}
+    assert not {*LATER[2:]} & {*scored.map(Clear(engine=Tunable()).with_writer("w").propose, batched=True).features}
+
+
+def test_a_model_may_be_given_as_a_path(tiny):
+    detector = BSDetector(k=1, max_tokens=4)
+    one, other = Clear(Path(tiny), confidence=detector), Clear(tiny, confidence=detector)
+    assert (one, hash(one.model), repr(one)) == (other, hash(other.model), repr(other))
+    assert Hasher.hash(one.score) == Hasher.hash(other.score)
+    rows = {"question": ["Where?"], "answer": ["Alps"]}
+    assert str(one.score(rows)) == str(other.score(rows))
+    assert Clear("m", writer=Path("out/adapter")) == Clear("m", writer=os.path.join("out", "adapter"))
+
+
+def test_the_model_is_that_of_the_engine_whatever_clear_model_says(monkeypatch):
+    engine = VLLM("org/model", "v2")
+    before = Hasher.hash(Clear(engine=engine).score)
+    monkeypatch.setenv("CLEAR_MODEL", "org/other")
+    clear = Clear(engine=engine)
+    assert (clear.model, clear.revision) == ("org/model", "v2")
+    assert Hasher.hash(clear.score) == before
+    assert clear == Clear("org/model", "v2", engine=engine)
+    assert repr(clear).startswith("Clear(model='org/model', revision='v2', engine=VLLM(")
+    assert Clear("org/base", engine=engine).model == "org/base"  # of a server, say, that has names of its own
+    assert Clear("org/base", engine=engine).revision is None
+    assert Clear().model == Clear(engine=Scripted()).model == "org/other"
+
+
+def test_adaptive_samples_without_a_threshold_are_refused():
+    clear = Clear(engine=Tunable(), adaptive=True)
+    with pytest.raises(ValueError, match=r"adaptive=True .* Clear\(gamma=...\), or call ds = score_to_keep"):
+        Dataset.from_dict(ROWS).map(clear.score, batched=True)
+    scored = Dataset.from_dict(ROWS).map(clear.with_writer("the Alps", gamma=0.5).score, batched=True)
+    assert "clear_drawn" in scored.column_names
+    assert "clear_candidate" in scored.map(clear.with_writer("the Alps").propose, batched=True).column_names
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"with_indices": True}, "rank is a list; expected a number, as by with_rank=True: leave with_indices out"),
+        ({"input_columns": ["question"]}, "got a list; .* leave input_columns=.* out"),
+        ({"input_columns": ["question", "answer"]}, "got a list; .* leave input_columns=.* out"),
+    ],
+)
+def test_other_arguments_of_map_are_named(how, message):
+    ds = Dataset.from_dict({**ROWS, "clear_candidate": ["a", "b", "", ""]})
+    clear = CLEAR.with_writer("a")
+    for step in (clear.score, clear.propose, clear.prefer):
+        with pytest.raises(TypeError, match=message):
+            ds.map(step, batched=True, **how)

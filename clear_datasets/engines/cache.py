@@ -47,8 +47,8 @@ def cache_folder() -> Path:
 
 
 def store_of(folder: str | os.PathLike[str] | None = None) -> Store:
-    """The answers in a folder, opened once a process."""
-    key = os.getpid(), os.path.abspath(folder or cache_folder())
+    """The answers in a folder, "~" being the home, opened once a process."""
+    key = os.getpid(), os.path.abspath(os.path.expanduser(folder or cache_folder()))
     if key not in _STORES:
         _STORES[key] = Store(Path(key[1]))
     return _STORES[key]

@@ -70,7 +70,7 @@ def load(config: Transformers) -> Checkpoint:
 
 
 @contextmanager
-def loading(model: str) -> Iterator[None]:
+def loading(model: str | os.PathLike[str]) -> Iterator[None]:
     """Whatever goes wrong while a model is loaded ends in an `EngineError` of one line: it goes wrong in many ways."""
     try:
         yield
@@ -159,9 +159,10 @@ def _trained_length(text: Any) -> int | None:
     return known
 
 
-def source_of(model: str) -> str:
+def source_of(model: str | os.PathLike[str]) -> str:
     """What `transformers` loads of a model: its folder or Hub id, or that which a ``.gguf`` file was converted into."""
-    return str(from_gguf(Path(model))) if model.endswith(".gguf") else model
+    name = os.fspath(model)
+    return str(from_gguf(Path(name))) if name.endswith(".gguf") else name
 
 
 def stated_ends(source: str, revision: str | None, config: Any) -> Any:

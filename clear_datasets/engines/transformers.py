@@ -48,7 +48,7 @@ class Transformers(Queued):
         adapter: A folder with a LoRA adapter that is merged into the model (needs `peft`).
     """
 
-    model: str
+    model: str | os.PathLike[str]
     revision: str | None = None
     dtype: str = "auto"
     device: str | None = None
@@ -59,13 +59,15 @@ class Transformers(Queued):
     stamp: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
-        files = stamp(self.model) + ((stamp(self.adapter) or self.adapter) if self.adapter else "")
-        object.__setattr__(self, "stamp", files)  # another engine once the files have changed
+        model, adapter = os.fspath(self.model), None if self.adapter is None else os.fspath(self.adapter)
+        files = stamp(model) + ((stamp(adapter) or adapter) if adapter else "")  # another engine once they have changed
+        for name, value in {"model": model, "adapter": adapter, "stamp": files}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def identity(self) -> str:
         """See `Engine.identity`."""
-        commit = "" if os.path.exists(self.model) else commit_of(self.model, self.revision)
+        commit = "" if os.path.exists(self.model) else commit_of(os.fspath(self.model), self.revision)
         own_code = ["its own code"] if self.trust_remote_code else []
         return repr(("Transformers", commit, self.stamp, self.dtype, self.seed, *own_code))
 

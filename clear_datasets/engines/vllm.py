@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,15 +65,16 @@ class VLLM(Queued):
 
     def __init__(
         self,
-        model: str,
+        model: str | os.PathLike[str],
         revision: str | None = None,
-        adapter: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         gpu_memory_utilization: float = 0.9,
         max_model_len: int | None = None,
         **options: Any,
     ) -> None:
         if isinstance(options.get("hf_token"), str):
             raise ValueError("hf_token would be in the hash and on the card: set HF_TOKEN, or hf auth login")
+        model, adapter = os.fspath(model), None if adapter is None else os.fspath(adapter)
         values = {
             "model": model,
             "revision": revision,

@@ -462,3 +462,14 @@ def test_a_commit_that_fails_leaves_no_lock_behind(tmp_path):
     with transaction(writer):
         writer.execute("INSERT INTO t VALUES (2)")
     assert reader.execute("SELECT x FROM t").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("where", ["argument", "environment"])
+def test_a_folder_in_the_home_is_there(asked, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CLEAR_CACHE", "~/answers" if where == "environment" else str(tmp_path / "unused"))
+    monkeypatch.chdir(tmp_path)
+    Clear(engine=Counting(), cache="~/answers" if where == "argument" else None).score(ROWS)
+    assert (tmp_path / "home" / "answers" / NAME).is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+    close_stores()

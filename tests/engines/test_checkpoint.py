@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets.fingerprint import Hasher
 
 from clear_datasets.engines import EngineError
+from clear_datasets.engines.checkpoint import source_of
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from tests.conftest import TEMPLATE
@@ -71,3 +73,15 @@ def test_a_gguf_file_whose_scaled_positions_would_be_lost_is_refused(tmp_path, k
     writer.close()
     with pytest.raises(EngineError, match=r"llama-3\.1\.gguf scales its positions.*rope_freqs.*take its safetensors"):
         kind(str(file)).generate([[{"role": "user", "content": "Who?"}]])
+
+
+@pytest.mark.parametrize("kind", [Transformers, VLLM])
+def test_a_model_may_be_given_as_a_path(tiny, kind):
+    one, other = kind(Path(tiny), adapter=Path("adapter")), kind(tiny, adapter="adapter")
+    assert (one, hash(one), repr(one), one.identity) == (other, hash(other), repr(other), other.identity)
+    assert Hasher.hash(one) == Hasher.hash(other)
+    if kind is Transformers:
+        prompts = [[{"role": "user", "content": "Who?"}]]
+        assert kind(Path(tiny)).generate(prompts, max_tokens=2) == kind(tiny).generate(prompts, max_tokens=2)
+    with pytest.raises(FileNotFoundError, match=r"no GGUF file at .*none\.gguf"):
+        source_of(Path(tiny, "none.gguf"))
