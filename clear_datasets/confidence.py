@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, get_args
@@ -16,13 +14,17 @@ from clear_datasets import prompts
 from clear_datasets.asking import ask
 from clear_datasets.engines import Answers, Asks, Engine
 from clear_datasets.formats import Example
+from clear_datasets.hints import hint_at_length, hint_at_results
 from clear_datasets.prompts import Form
 from clear_datasets.similarity import NLI, FinalAnswer, Jaccard, Similarity, words
 
 Scores = npt.NDArray[np.float32]
 
 _SCALE = 3.0  # nats; chosen with alpha on rows that no figure is reported on, see docs/log.md
-_RESULT = re.compile(r"^####[ \t]*\S|\\boxed\{", re.MULTILINE)
+_SILENT = (
+    "no sample says an answer: each is cut off before it, or ends within its thoughts. More max_tokens give room; a "
+    "model that thinks first needs BSDetector(samples='plain', beta=1, max_tokens=4096)"
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class BSDetector:
         reflection: Form of the reflection, "direct" or "reasoned".
         max_tokens: After which a sample or an explanation is cut off; a direct sample sooner, at 32 tokens more than
             the response has bytes. No response has more tokens than bytes: what runs on so far is another answer. A
-            reasoned sample that says no answer, be it for its length, is compared as it stands.
+            sample that is cut off before its answer (within ``<think>``, or a reasoned one before its mark) is not
+            compared; one that is cut off within it is compared as far as it goes.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -186,19 +189,20 @@ class BSDetector:
         return cls(alpha=0.8, beta=0.7, similarity=NLI(), samples="reasoned", reflection="reasoned")
 
     @classmethod
-    def math(cls, k: int = 5) -> BSDetector:
+    def math(cls, k: int = 5, max_tokens: int = 512) -> BSDetector:
         """For targets that reason towards a result: samples on the row's own prompt, of which the result is compared.
 
         Needs math-verify (``pip install "clear-datasets[math]"``).
 
         Args:
             k: Samples a row.
+            max_tokens: After which a sample is cut off; of what is cut off, the last number counts.
 
         Examples:
             >>> BSDetector.math().similarity
             FinalAnswer()
         """
-        return cls(alpha=1.0, k=k, similarity=FinalAnswer(), samples="plain", max_tokens=512)
+        return cls(alpha=1.0, k=k, similarity=FinalAnswer(), samples="plain", max_tokens=max_tokens)
 
     def __call__(self, examples: Sequence[Example], engine: Engine) -> Confidence:
         """Estimate the confidence of each example.
@@ -212,9 +216,12 @@ class BSDetector:
             nan and a reason; the others are as if it were not there.
         """
         if self.samples == "direct" and not isinstance(self.similarity, FinalAnswer):
-            _hint_at_results(examples)
+            hint_at_results([example.response for example in examples])
         run = _Run(self, examples, engine)
         first = run.ask(run.questions)
+        long = [self.limit(e.response) == self.max_tokens for e in examples]  # others are cut off sooner on purpose
+        cut = [c and long[i] for i, answers in first.items() for cuts in answers.cut for c in cuts]
+        hint_at_length(cut, self.max_tokens)
         consistency, similarity, agreement, compared = run.consistency(first)
         reflection = run.direct_reflection(first) if self.reflection == "direct" else run.reasoned_reflection()
         parts = [(self.beta, consistency), (1 - self.beta, reflection)]  # a part without weight is not asked for
@@ -223,6 +230,8 @@ class BSDetector:
             run.errors[i] = run.errors[i] or (
                 "the model's probabilities are not numbers: try dtype='float32'"
                 if i in first and any(np.isnan(x).any() for x in first[i].read)
+                else _SILENT
+                if i in run.silent
                 else "the model answers the reflection question with none of its labels: "
                 "BSDetector(beta=1) does without it"
                 if self.beta < 1 and np.isnan(reflection[i])
@@ -237,6 +246,7 @@ class _Run:
     def __init__(self, settings: BSDetector, examples: Sequence[Example], engine: Engine) -> None:
         self.settings, self.examples, self.engine = settings, examples, engine
         self.errors = [""] * len(examples)
+        self.silent: set[int] = set()  # rows of whose samples none says an answer
 
     def ask(self, asks_of: Callable[[int], Asks]) -> dict[int, Answers]:
         """Ask all rows that are left, in one batch; the answers by row."""
@@ -289,36 +299,25 @@ class _Run:
         compared = np.zeros(size, dtype=np.int32)
         if settings.beta == 0:
             return scores, means, agreements, compared
-        responses = {i: self.examples[i].response for i in first}
-        samples = {i: [prompts.answer_of(t, settings.samples) for a in answers.generated for t in a]
-                   for i, answers in first.items()}  # fmt: skip
-        pairs = [(responses[i], sample) for i in first for sample in samples[i] if settings.alpha]
+        responses = {i: prompts.answer_of(e.response, "plain") or e.response for i, e in enumerate(self.examples)}
+        samples = {i: prompts.answers_of(answers, settings.samples) for i, answers in first.items()}
+        self.silent = {i for i, said in samples.items() if said and set(said) == {None}}
+        pairs = [(responses[i], s) for i in first for s in samples[i] if settings.alpha and s is not None]
         similar = iter(settings.compared(pairs, self.engine))
         for i, answers in first.items():
             agreement = (
                 _calibrated(*answers.read)
                 if answers.read
-                else float(np.mean([words(s) == words(responses[i]) for s in samples[i]]))
+                else float(np.mean([s is not None and words(s) == words(responses[i]) for s in samples[i]]))
             )
-            near = np.array([next(similar) for _ in samples[i] if settings.alpha], dtype=np.float32)
+            near = [np.nan if s is None else next(similar) for s in samples[i] if settings.alpha]
             agreements[i], compared[i] = agreement, np.count_nonzero(~np.isnan(near))
-            if not len(near):
-                scores[i] = agreement
-            elif compared[i]:
-                means[i] = np.nanmean(near)
+            if compared[i]:
+                means[i] = np.nanmean(np.array(near, dtype=np.float32))
                 scores[i] = settings.alpha * means[i] + (1 - settings.alpha) * agreement
+            elif not near and i not in self.silent:
+                scores[i] = agreement
         return scores, means, agreements, compared
-
-
-def _hint_at_results(examples: Sequence[Example]) -> None:
-    """Say, once a process, what solutions want; `examples` are those of a batch."""
-    if 2 * sum(bool(_RESULT.search(example.response)) for example in examples) > len(examples):
-        warnings.warn(
-            "most targets are solutions that end in a result ('#### 12', '\\boxed{12}'). The default compares whole "
-            "texts: it finds a solution of another question, and hardly a wrong one (AUROC .54 on GSM8K with 0.5B). "
-            "BSDetector.math() (--math) compares results (.76), for many times the tokens",
-            stacklevel=3,
-        )
 
 
 def _calibrated(whole: npt.NDArray[np.float32], *parts: npt.NDArray[np.float32]) -> float:

@@ -29,7 +29,8 @@ class Similarity(Protocol):
     """How far the two texts of each pair agree.
 
     One whose class says ``total = True`` compares a response with any text, or with none, not even with itself: then
-    it is known before a sample is drawn whether a row will have a score (see `clear_datasets.adaptive`).
+    it is known before a sample is drawn whether a row will have a score (see `clear_datasets.adaptive`), as long as
+    the samples do not all end before they answer.
     """
 
     def __call__(self, pairs: Pairs, engine: Engine) -> Scores:
@@ -38,26 +39,35 @@ class Similarity(Protocol):
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers of a text, without punctuation or articles; Han and kana one by one.
+    """Lower-case words and numbers of a text, without punctuation or articles; Han, kana and emoji one by one.
 
-    A text of articles or of punctuation alone keeps them: "A" may be the letter of a choice, "+" a sign.
+    A text of articles or of punctuation alone keeps them: "A" may be the letter of a choice, "+" a sign. Beside words,
+    signs count for nothing: "x == y" and "x != y" are the same two, so code and formulas want another similarity. So
+    do Thai, Lao, Khmer and Burmese, which put no spaces between words: what stands between two spaces is one.
 
     Examples:
-        >>> words("The answer: 1,200 (approx.)"), words("A."), words("-5")
-        (['answer', '1200', 'approx'], ['a'], ['-5'])
+        >>> words("The answer: 1,200 (approx.)"), words("A."), words("-5"), words("AI技术")
+        (['answer', '1200', 'approx'], ['a'], ['-5'], ['ai', '技', '术'])
     """
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", unicodedata.normalize("NFC", text).lower())
+    text = _THOUSANDS.sub(lambda n: n[0].replace(",", ""), _digits(unicodedata.normalize("NFC", text).lower()))
+    text = re.sub(r"^([^\w.]*)\.(?=\d)", r"\g<1>0.", text)  # an answer; within a text, ".5" is "5" as measured
     every = _WORD.findall(text) or text.split()
     return [w for w in every if w not in ("a", "an", "the")] or every
 
 
+def _digits(text: str) -> str:
+    """Numbers of any script, and with the sign of minus, as Python reads them."""
+    return re.sub(r"(?![0-9])\d", lambda digit: str(unicodedata.decimal(digit[0])), text).translate(_SIGNS)
+
+
+_SIGNS = str.maketrans("\u2212\uff0d\uff0e", "--.")  # minus; full-width minus and point
+_THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])\d{1,3}(?:,\d{3})+(?!\d)")  # "1876,1877" is two numbers
 _MARKS = "".join(
     c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M"
 )  # vowels of Hindi, Thai
-_WORD = re.compile(
-    r"(?<!\w)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]"
-    rf"|[^\W\d\u3040-\u30ff\u3400-\u9fff][\w{_MARKS}]*"
-)
+_HAN = r"\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # and kana
+_EMOJI = r"\u2600-\u27bf\U0001f000-\U0001faff"
+_WORD = re.compile(rf"(?<!\w)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[{_HAN}{_EMOJI}]|[^\W\d{_HAN}](?:[^\W{_HAN}]|[{_MARKS}])*")
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,10 @@ class Jaccard:
 class FinalAnswer:
     """1 where two solutions come to the same result, 0 where they do not: for mathematics, whatever the way to it.
 
-    math-verify (``pip install "clear-datasets[math]"``) finds the result, boxed, behind "answer" or "=", or the last
-    number, and compares it as a number, to six decimals, or as an expression. A second text without a result
-    scores 0, a first one without a result nan: no sample can speak for such a target.
+    The result is the number on the last line of the kind "#### 18". Without such a line math-verify (``pip install
+    "clear-datasets[math]"``) finds it, boxed, behind "answer" or "=", or as the last number. It is compared as a
+    number, to six decimals, or as an expression. A second text without a result scores 0, a first one without a
+    result nan: no sample can speak for such a target.
 
     Examples:
         >>> FinalAnswer()([("5 + 3 = 8 eggs.", "She has 8."), ("#### 8", "The answer is 9.")], engine=None)
@@ -110,6 +121,7 @@ class FinalAnswer:
 
 
 _SECONDS = 3  # for one expression: "9^9^9^9" has no end
+_LAST_LINE = re.compile(r"^####([^\w\n]{0,9}\d[\d.,/]{0,30}(?: [a-z]{1,30})?[^\w\n]{0,9})$", re.M)  # and no heading
 
 
 def _result(text: str) -> list[Any]:
@@ -122,6 +134,7 @@ def _result(text: str) -> list[Any]:
             "FinalAnswer bounds the time of each comparison by a signal, which reaches a process's main thread alone; "
             f"this is {threading.current_thread().name}: score in the main thread, or in a process of its own"
         )
+    text = _digits((_LAST_LINE.findall(text) or [text])[-1])
     try:
         found: list[Any] = parse(text, parsing_timeout=_SECONDS, raise_on_error=True)
     except (Exception, TimeoutException):  # it parses what anybody wrote, and fails in many ways

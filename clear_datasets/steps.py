@@ -26,7 +26,7 @@ from clear_datasets.preference import ByConfidence, Preference
 if TYPE_CHECKING:
     from datasets import Features
 
-SCORES_REVISION = 6  # raised whenever equal settings give other scores than before; see CHANGELOG.md
+SCORES_REVISION = 7  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
 CANDIDATES_REVISION = 5  # the same of candidates

@@ -39,6 +39,21 @@ PAIRS = [("the Alps", "In the Alps."), ("Rhine", "Rhine"), ("Rhine", "Main"), ("
         ("की", "का", 0.0),
         ("หมา", "หมี", 0.0),
         ("cafe\u0301", "café", 1.0),
+        ("GPT模型可以生成文本", "GPT模型能生成文本", 7 / 10),
+        ("人々が住む", "人が住む", 4 / 5),
+        ("二〇〇〇年", "二〇〇一年", 3 / 4),
+        ("\U00020bb7\U00020bb8家", "\U00020bb7家", 2 / 3),
+        ("\u22125", "-5", 1.0),
+        ("It is \u22125", "It is 5", 2 / 4),
+        ("\uff11,\uff12\uff10\uff10", "1200", 1.0),
+        ("٣", "3", 1.0),
+        ("1876,1877", "1877", 0.5),
+        ("1,200, 1,300", "1300 1200", 1.0),
+        (".5", "0.5", 1.0),
+        ("-.5 m", "-0.5 m", 1.0),
+        ("...5", "5", 1.0),
+        ("Great 👍", "Great 👎", 1 / 3),
+        ("✅", "❌", 0.0),
     ],
 )
 def test_jaccard_compares_words(a, b, score):
@@ -56,6 +71,15 @@ def test_jaccard_compares_words(a, b, score):
         ("-8", "8", 0),
         ("#### 8", "I do not know.", 0),
         ("The Alps", "8", math.nan),
+        ("#### 18\n\nNote: 2 checks.", "18", 1),
+        ("30 girls answered 9.\n#### 18", "18", 1),
+        ("#### $1,800\r\nNote 3", "1800", 1),
+        ("#### 18 eggs\nNote 3", "18", 1),
+        ("#### 1. Add them up\nIt is 5.", "5", 1),
+        ("#### Step 3\nIt is 5.", "5", 1),
+        ("\\boxed{18}\n\nNote: 2 checks.", "18", 1),
+        ("It is \u22125.", "-5", 1),
+        ("#### \uff11\uff18", "18", 1),
         ("9^9^9^9^9", "3", 0),
         ("9^9^9^9^9", "9^9^9^9^9", 1),
         ("", "", math.nan),
@@ -130,7 +154,7 @@ def test_nli_takes_texts_longer_than_its_positions_and_refuses_other_classifiers
 
 
 def test_the_papers_configuration_from_end_to_end(classifier, tmp_path):
-    engine = Transformers(str(make_tiny(tmp_path, max_position_embeddings=4096)), dtype="float32")
+    engine = Transformers(str(make_tiny(tmp_path, ends=8.0, max_position_embeddings=4096)), dtype="float32")
     paper = replace(BSDetector.paper(), similarity=NLI(str(classifier[0])), max_tokens=32)
     rows = {"prompt": ["Where does the Rhine rise?", "Where is Basel?"], "response": ["In the Alps", "On the Rhine"]}
     scored = Dataset.from_dict(rows).map(Clear(engine=engine, confidence=paper).score, batched=True)
