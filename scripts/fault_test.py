@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def child(args: argparse.Namespace) -> None:
     from clear_datasets import BSDetector, Clear
 
     datasets.disable_progress_bars()
-    ds = Dataset.from_json(str(args.folder / "rows.jsonl"))
+    ds = Dataset.from_json(str(args.folder / "rows.jsonl"), cache_dir=str(args.cache / "datasets"))
     engine = noting(args)
     estimator = BSDetector(k=3, max_tokens=24) if args.model == "tiny" else BSDetector()
     clear = Clear(engine=engine, confidence=estimator, cache=args.cache)
@@ -84,20 +86,46 @@ def noting(args: argparse.Namespace) -> Any:
     return Transformers(args.path, dtype="float32")
 
 
+class Forked(multiprocessing.get_context("fork").Process):  # type: ignore[misc]
+    """The command in a process that begins where all is imported, which takes longer than the rest of a life."""
+
+    def __init__(self, args: argparse.Namespace, log: int) -> None:
+        super().__init__(target=self._live, args=(args, log))
+        self.start()
+        with suppress(OSError):  # it ended already
+            os.setpgid(self.pid, self.pid)  # here, too: it is killed with its workers, be it ever so early
+
+    @staticmethod
+    def _live(args: argparse.Namespace, log: int) -> None:
+        os.setpgid(0, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        child(args)
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> int | None:
+        self.join()
+        return self.exitcode
+
+
 class Life:
     """One process that runs the command."""
 
     def __init__(self, args: argparse.Namespace, cache: Path) -> None:
-        self.cache, self.engine = cache, args.engine
+        self.cache, self.engine, self.after = cache, args.engine, args.after
         cache.mkdir(exist_ok=True)
-        command = [sys.executable, __file__, "--child", "--cache", cache, "--folder", args.folder, "--path", args.path]
-        for name in ("model", "engine", "num_proc", "batch_size"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        environment = {**os.environ, "HF_DATASETS_CACHE": str(cache / "datasets"), "HF_HUB_OFFLINE": "1",
-                       "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}  # fmt: skip
         self.log = (cache / "output.log").open("ab")
         self.before = self.requests()
         self.started = time.monotonic()
+        if args.engine == "transformers":
+            self.process: Any = Forked(argparse.Namespace(**{**vars(args), "cache": cache}), self.log.fileno())
+            return
+        command = [sys.executable, __file__, "--child", "--cache", cache, "--folder", args.folder, "--path", args.path]
+        for name in ("model", "engine", "num_proc", "batch_size"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             list(map(str, command)), env=environment, stdout=self.log, stderr=self.log, start_new_session=True
         )
@@ -107,12 +135,12 @@ class Life:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def working(self) -> bool:
-        """Wait for its first request; False where it came to its end without one."""
-        while self.requests() == self.before:
+        """Wait for its first requests; False where it came to its end without as many."""
+        while self.requests() < self.before + self.after:
             if self.process.poll() is not None:
                 return False
             if time.monotonic() - self.started > STARTING:
-                raise SystemExit(f"no request within {STARTING} s; see {self.cache}/output.log")
+                raise SystemExit(f"no {self.after} requests within {STARTING} s; see {self.cache}/output.log")
             time.sleep(0.02)
         return True
 
@@ -183,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=0, help="default: 400 with the tiny model, 40 with 0.5b")
     parser.add_argument("--num-proc", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=0, help="rows that map hands over (default: a quarter)")
+    parser.add_argument("--after", type=int, default=1, help="requests of a life before it is killed at work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     for name in ("child", "cache", "folder", "path"):
@@ -190,6 +219,7 @@ def main() -> None:
             {"action": "store_true"} if name == "child" else {"type": str if name == "path" else Path}
         ))  # fmt: skip
     args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     if args.child:
         return child(args)
     args.rows = args.rows or (400 if args.model == "tiny" else 40)
@@ -226,7 +256,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if kills < args.kills and chance.random() < 0.15:  # while it loads
             time.sleep(chance.uniform(0.1, loading))
         elif life.working() and kills < args.kills:
-            time.sleep(chance.uniform(0, 3 * working / args.kills))
+            time.sleep(chance.uniform(0, working * min(1, 3 / args.kills)))
         if kills < args.kills and life.process.poll() is None:
             life.kill()
             kills += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from clear_datasets import threshold
-from clear_datasets.files import check_columns, check_folder, check_out, write, write_folder
+from clear_datasets.files import check_columns, check_folder, check_out, write, write_folder, write_text
 from clear_datasets.reading import load
 
 ODD = {
@@ -306,3 +307,30 @@ def test_bytes_in_json_end_in_an_error(tmp_path):
     with pytest.raises(TypeError, match=r"JSON has no bytes: end OUT in \.parquet"):
         write(Dataset.from_dict({"raw": [b"no JSON"]}), tmp_path / "a.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt", "folder"])
+def test_what_is_written_is_on_the_disk_before_it_gets_its_name(name, tmp_path, monkeypatch):
+    seen, fsync, replace = [], os.fsync, Path.replace
+
+    def synced(f: int) -> None:
+        fsync(f)
+        seen.append(("on the disk", os.fstat(f).st_ino, os.fstat(f).st_size))
+
+    def renamed(self: Path, target: Path) -> Path:
+        if self.is_file():
+            seen.append((target.name, self.stat().st_ino, self.stat().st_size))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    out, ds = tmp_path / name, Dataset.from_dict({"question": ["Who?"], "answer": ["Ada"]})
+    if name == "folder":
+        write_folder(ds, out)
+    elif name == "a.txt":
+        write_text(out, "Who?")
+    else:
+        write(ds, out)
+    [file] = out.iterdir() if name == "folder" else [out]
+    stat = file.stat()
+    assert seen == [("on the disk", stat.st_ino, stat.st_size), (file.name, stat.st_ino, stat.st_size)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +85,17 @@ def test_a_batch_of_long_rows_is_read_in_parts_and_engines_make_room(tmp_path):
     finetune(rows, model, out, max_steps=2, per_device_train_batch_size=1, gradient_accumulation_steps=8)  # the same
     with pytest.raises(ValueError, match="a run with other options"):
         finetune(rows, model, out, max_steps=2, per_device_train_batch_size=4)
+
+
+def test_a_gguf_file_is_trained_as_the_folder_that_it_was_converted_into(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()[:16]
+    shutil.copytree(tiny, tmp_path / "clear_datasets" / "models" / f"model-{digest}")
+    out = finetune(ROWS, str(file), tmp_path / "out", **FAST)
+    wrong = {**ROWS.to_dict(), "answer": ["Tie"] * 8}
+    assert Clear(str(file)).with_writer(out).propose(wrong)["clear_candidate"] == ["Yes, No"] * 8
 
 
 def test_what_cannot_be_trained_on(tiny, tmp_path):

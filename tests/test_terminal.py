@@ -12,7 +12,7 @@ from datasets import Dataset
 from clear_datasets import Clear
 from clear_datasets.terminal import fail, progress, summary, visible
 from tests.conftest import make_tiny
-from tests.test_cli import run
+from tests.test_cli import here, run
 
 ACTS = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\x1b]8;;x:y\x1b\\", "a\rb", "\x08\x08", "\u202ecba", "\u2067x"]
 
@@ -43,7 +43,8 @@ def test_the_command_line_shows_rows_and_names_of_files_that_would_act(tmp_path)
     (tmp_path / "rows\x1b[2J.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for colour in ({}, {"FORCE_COLOR": "1"}):
         out = tmp_path / "out.jsonl"
-        done = run("score", tmp_path / "rows\x1b[2J.jsonl", "-o", out, "--model", model, "--samples", "1", **colour)
+        arguments = ("score", tmp_path / "rows\x1b[2J.jsonl", "-o", out, "--model", model, "--samples", "1")
+        done = run(*arguments, **colour) if colour else here(*arguments)
         assert done.returncode == 0, done.stderr
         assert "\\x1b" in done.stderr
         assert ("\x1b" in done.stderr) == bool(colour)  # its own colours
@@ -55,7 +56,7 @@ def test_the_command_line_shows_rows_and_names_of_files_that_would_act(tmp_path)
         ("push", tmp_path / "rows\x1b[2J.jsonl", "me/x"),
         ("cache", "info", "--folder", tmp_path / "answers\x1b[2J"),
     ):
-        done = run(*command)
+        done = here(*command)
         assert "\\x1b[2J" in done.stdout + done.stderr
         assert "\x1b" not in done.stdout + done.stderr
 

@@ -245,9 +245,6 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub, tmp_path, monkeypatch):
         assert len({engine.identity for engine in engines}) == 4
         missing = kind("org/a", adapter="not/there").identity
         assert missing not in (kind("org/a").identity, kind("org/a", adapter="not/yet").identity)
-    one = VLLM("org/a", dtype="float16").identity
-    assert one == VLLM("org/a", dtype="float16", tensor_parallel_size=2, gpu_memory_utilization=0.5).identity
-    assert one != VLLM("org/a", dtype="float32").identity
 
 
 def test_a_similarity_by_an_encoder_is_computed_once(tiny, monkeypatch):
@@ -284,6 +281,22 @@ def test_one_temperature_written_in_two_ways_is_asked_once(asked):
     asked.clear()
     Clear(engine=Counting(), confidence=BSDetector(temperature=1.0)).score(ROWS)
     assert not asked
+
+
+def test_all_that_an_answer_depends_on_is_asked_anew(asked, user):
+    engine, who = Cached(Counting()), user("Who?")
+    asks = [
+        Asks([who], **how)
+        for how in ({"max_tokens": 8}, {"max_tokens": 16}, {"temperature": 1.0}, {"temperature": 0.5})
+    ]
+    asks += [Asks(choose=[who], labels=labels) for labels in (("Yes", "No"), ("No", "Yes"))]
+    asks += [Asks(read=[(who, response)]) for response in ("me", "you")]
+    for number, one in enumerate(asks, start=1):
+        engine.answer(one)
+        assert asked.total() == number
+    for one in asks:
+        engine.answer(one)
+    assert asked.total() == len(asks)
 
 
 @pytest.mark.parametrize(("kind", "journal"), [("nfs4", "delete"), ("lustre", "delete"), ("ext4", "wal")])

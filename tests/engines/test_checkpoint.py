@@ -12,6 +12,7 @@ from datasets.fingerprint import Hasher
 
 from clear_datasets.engines import EngineError
 from clear_datasets.engines.checkpoint import source_of
+from clear_datasets.engines.openai import OpenAI
 from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from tests.conftest import TEMPLATE
@@ -50,6 +51,36 @@ def test_the_length_is_part_of_the_identity_where_it_changes_the_positions(tmp_p
         assert (whole.identity != short.identity) == (short.identity != other.identity) == parts
     assert VLLM(long, dtype="float16", max_model_len=4096).identity == VLLM(
         long, dtype="float16", max_model_len=4096, gpu_memory_utilization=0.5).identity  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, settings, changed",
+    [
+        (Transformers, {"dtype": "float64"}, True),
+        (Transformers, {"seed": 1}, True),
+        (Transformers, {"trust_remote_code": True}, True),
+        (Transformers, {"adapter": "of/another"}, True),
+        (Transformers, {"device": "cuda", "batch_tokens": 64}, False),
+        (OpenAI, {"base_url": "http://127.0.0.1:9/v1"}, True),
+        (OpenAI, {"api_key": "other", "concurrency": 1, "retries": 0, "deadline": 1.0}, False),
+        (VLLM, {"dtype": "float32"}, True),
+        (VLLM, {"quantization": "fp8"}, True),
+        (VLLM, {"seed": 1}, True),
+        (VLLM, {"adapter": "of/another"}, True),
+        (VLLM, {"gpu_memory_utilization": 0.5}, False),
+        *((VLLM, {name: 2}, False) for name in (
+            "block_size", "cpu_offload_gb", "data_parallel_size", "max_lora_rank", "max_loras",
+            "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "swap_space", "tensor_parallel_size",
+        )),
+        *((VLLM, {name: True}, False) for name in (
+            "disable_log_stats", "enable_chunked_prefill", "enable_lora", "enable_prefix_caching", "enforce_eager",
+        )),
+    ],
+)  # fmt: skip
+def test_an_engine_is_another_where_its_answers_may_be(tmp_path, kind, settings, changed):
+    name = model(tmp_path / "model")
+    assert (kind(name, **settings).identity != kind(name).identity) == changed
+    assert kind(name, **settings).identity == kind(name, **settings).identity != kind(f"{name}2").identity
 
 
 @pytest.mark.parametrize("kind", [Transformers, VLLM])
