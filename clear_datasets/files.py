@@ -101,8 +101,8 @@ def check_folder(out: Path | None, src: str | None, kept: Path) -> None:
         kept: The folder of what is done so far.
 
     Raises:
-        ValueError: OUT has no name, is no folder, or holds other things than such rows, the source, or what is done so far; or the
-            source would take one of both for rows at the next run.
+        ValueError: OUT has no name, is no folder, or holds other things than such rows, the source, or what is done
+            so far; or the source would take one of both for rows at the next run.
     """
     made = [kept / "score" / "0.parquet", *([out / "train-00000-of-00001.parquet"] if out else [])]
     if src is not None and (also := [file for file in made if _matches(file, src)]):

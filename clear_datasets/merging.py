@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from glob import glob
 from pathlib import Path
@@ -31,7 +32,7 @@ def keep_shard(out: Path, clear: Clear, stages: Stages, rows: Dataset) -> None:
 
     number, of = stages.shard
     alone = type(stages) is Stages  # else other machines have engines of their own
-    engine = type(clear.engine or default_engine(clear.model, clear.revision)).__name__ if alone else None
+    engine = type(clear.engine or default_engine(os.fspath(clear.model), clear.revision)).__name__ if alone else None
     record = {"shard": number, "of": of, "rows": len(rows), "digest": _digest(rows), "settings": made_by(clear, rows),
               "model_state": clear.__getstate__()["stamp"], "engine": engine}  # fmt: skip
     write_text(shard_file(out), as_json(record))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clear_datasets import prompts
 from clear_datasets.adaptive import Adaptive, Bounded
 from clear_datasets.apply import OURS
 from clear_datasets.asking import ask
@@ -20,7 +21,7 @@ from clear_datasets.engines import Asks, Engine, default_engine, use_rank
 from clear_datasets.engines.cache import cached
 from clear_datasets.engines.checkpoint import commit_of, stamp
 from clear_datasets.formats import Example, Format, FormatError
-from clear_datasets.infer_format import RowOf, infer_rows
+from clear_datasets.infer_format import RowOf, of_each
 from clear_datasets.preference import ByConfidence, Preference
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 SCORES_REVISION = 7  # raised whenever equal settings give other scores than before; see CHANGELOG.md
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
-CANDIDATES_REVISION = 5  # the same of candidates
+CANDIDATES_REVISION = 6  # the same of candidates
 PREFERENCES_REVISION = 3  # and of preferences
 _CANDIDATE = 256  # tokens of a candidate at least, before it is cut off
 _COLUMNS = ("clear_confidence", "clear_consistency", "clear_reflection")
@@ -202,6 +203,7 @@ class Clear:
             found = ask(self._base(rank).with_writer(self.writer), reasons, question)
             for j, answers in found.items():
                 example, [[text]] = examples[wanted[j]], answers.generated
+                text = prompts.answer_of(text, "plain") or ""  # without the thoughts of a model that thinks first
                 if answers.cut and answers.cut[0][0]:
                     reasons[j] = f"the answer is cut off at {question(j).limits[0]} tokens"
                 elif example is not None and text == example.response.strip():
@@ -317,13 +319,14 @@ class Clear:
         return Features({**features, **{name: Value(OURS[name]) for name in added}})
 
     def _read(self, batch: Batch) -> tuple[list[Example | None], list[str]]:
-        form = (self.format or infer_rows(batch)) if batch.size else None
+        form_of = of_each(self.format, batch) if batch.size else None
         examples: list[Example | None] = []
         errors = [""] * batch.size
         for i in range(batch.size):
-            assert form is not None
+            assert form_of is not None
+            row = RowOf(batch, i)
             try:
-                examples.append(form.read(RowOf(batch, i)))
+                examples.append(form_of(row).read(row))
             except FormatError as error:
                 examples.append(None)
                 errors[i] = str(error)

@@ -345,3 +345,31 @@ def test_other_arguments_of_map_are_named(how, message):
     for step in (clear.score, clear.propose, clear.prefer):
         with pytest.raises(TypeError, match=message):
             ds.map(step, batched=True, **how)
+
+
+def test_rows_of_either_shape_of_chat_are_scored_in_one_batch_as_alone():
+    shapes = [
+        ("from", "value", "human", "gpt"),
+        ("from", "value", "human", "gpt"),
+        ("role", "content", "user", "assistant"),
+    ]
+    chats = [
+        [{key: user, text: f"Where is {i}?"}, {key: model, text: "here"}]
+        for i, (key, text, user, model) in enumerate(shapes)
+    ]
+    clear = Clear(engine=Scripted(), cache=False)
+    found = clear.score({"conversations": chats})
+    assert found["clear_error"] == [""] * 3
+    for i, chat in enumerate(chats):
+        assert clear.score({"conversations": [chat]})["clear_confidence"][0] == found["clear_confidence"][i]
+
+
+def test_candidates_of_a_model_that_thinks_first_are_what_it_says_then():
+    class Writing(Scripted):
+        def with_writer(self, writer):
+            return self
+
+    engine = Writing(answers=(("capital", "<think>Rome? No.</think>\nParis"), ("river", "<think>It is")))
+    batch = {"question": ["The capital?", "The river?"], "answer": ["Rome", "Seine"], "clear_confidence": [0.1, 0.1]}
+    found = Clear(engine=engine, cache=False, writer="w", gamma=0.5).propose(batch)
+    assert found["clear_candidate"] == ["Paris", ""]
