@@ -203,7 +203,9 @@ class Clear:
             found = ask(self._base(rank).with_writer(self.writer), reasons, question)
             for j, answers in found.items():
                 example, [[text]] = examples[wanted[j]], answers.generated
-                text = prompts.answer_of(text, "plain") or ""  # without the thoughts of a model that thinks first
+                text = (
+                    prompts.answer_of(text, "plain") or ""
+                ).strip()  # without the thoughts of a model that thinks first
                 if answers.cut and answers.cut[0][0]:
                     reasons[j] = f"the answer is cut off at {question(j).limits[0]} tokens"
                 elif example is not None and text == example.response.strip():
