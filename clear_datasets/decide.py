@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,8 +67,14 @@ def threshold(
             f"{between.unsure} rows that adaptive sampling stopped may lie on either side of this cut: "
             f"ds = score_to_keep(ds, clear, keep={keep}) samples them further"
         )
-    if round(keep * between.scored) == between.scored:
+    if (wanted := round(keep * between.scored)) == between.scored:
         return float(np.nextafter(between.low, -np.inf))
+    if between.above < 0.9 * wanted:
+        warnings.warn(
+            f"{between.above:,} of {between.scored:,} rows lie above {between.high:.4g}, where {wanted:,} are to: the "
+            "others tie with it. More samples (k), or an estimator of finer steps, tell them apart",
+            stacklevel=2,
+        )
     return (between.low + between.high) / 2
 
 
@@ -80,12 +87,14 @@ class Bracket:
         high: The most that the lowest of the rows above it may have.
         unsure: How many rows are neither known to the end nor surely outside of ``[low, high]``.
         scored: How many rows have a score.
+        above: How many surely lie above the middle.
     """
 
     low: float
     high: float
     unsure: int
     scored: int
+    above: int
 
 
 def bracket(
@@ -108,9 +117,14 @@ def bracket(
         >>> from datasets import Dataset
         >>> bracket(Dataset.from_dict({"clear_confidence": [0.1, 0.5, 0.9], "clear_least": [0.0, 0.3, 0.8],
         ...     "clear_most": [0.2, 0.6, 1.0]}), keep=0.4)
-        Bracket(low=0.3, high=1.0, unsure=2, scored=3)
+        Bracket(low=0.3, high=1.0, unsure=2, scored=3, above=1)
     """
-    return bracket_of(columns_of(ds, (column, *BOUNDS) if column == "clear_confidence" else (column,)), keep)
+    if not column.startswith("clear_"):
+        return bracket_of(columns_of(ds, (column,)), keep)
+    values = columns_of(ds, (column, *BOUNDS))
+    if column != "clear_confidence" and np.any(values[1] < values[2]):
+        raise ValueError(_STOPPED.format(column))
+    return bracket_of(values if column == "clear_confidence" else values[:1], keep)
 
 
 def bracket_of(values: npt.NDArray[np.float64], keep: float) -> Bracket:
@@ -121,12 +135,12 @@ def bracket_of(values: npt.NDArray[np.float64], keep: float) -> Bracket:
     least, most = whole[min(1, len(whole) - 1)], whole[-1]  # of one column alone, itself
     size = whole.shape[1]
     if not size:
-        return Bracket(math.nan, math.nan, 0, 0)
+        return Bracket(math.nan, math.nan, 0, 0, 0)
     kept = round(keep * size)
     below, over = max(size - kept - 1, 0), min(size - kept, size - 1)
     low, high = np.partition(least, below)[below], np.partition(most, over)[over]
     unsure = (least < most) & (least <= high) & (most >= low)
-    return Bracket(float(low), float(high), int(unsure.sum()), size)
+    return Bracket(float(low), float(high), int(unsure.sum()), size, int((least > (low + high) / 2).sum()))
 
 
 def columns_of(ds: Any, names: Sequence[str]) -> npt.NDArray[np.float64]:
@@ -168,6 +182,9 @@ def _found(names: Sequence[str], columns: Collection[str]) -> list[str]:
     return [name if name in columns else names[0] for name in names]
 
 
+_STOPPED = (
+    "adaptive sampling stopped rows before their {} was known, as it goes by the confidence: score without adaptive"
+)
 _MISSING = "no column {!r} among {}: run ds = ds.map(clear.score, batched=True) first"
 
 
@@ -212,9 +229,11 @@ class above:  # noqa: N801 - used as a function: ds.filter(above(gamma))
         if self.column not in row:
             raise ValueError(f"no column {self.column!r} in the row: run ds.map(clear.score, batched=True) first")
         value, error = row[self.column], row.get("clear_error")
-        if self.column == "clear_confidence" and BOUNDS[0] in row:
+        if self.column.startswith("clear_") and BOUNDS[0] in row:
             least, most = (np.asarray(row[name], dtype=np.float64) for name in BOUNDS)
-            if np.any((least <= self.gamma) & (self.gamma < most)):
+            if self.column != "clear_confidence" and np.any(least < most):
+                raise ValueError(_STOPPED.format(self.column))
+            if self.column == "clear_confidence" and np.any((least <= self.gamma) & (self.gamma < most)):
                 raise ValueError(
                     f"adaptive sampling stopped a row that may lie on either side of {self.gamma}: score with "
                     f"Clear(gamma={self.gamma}, adaptive=True), which samples it further, or without adaptive"

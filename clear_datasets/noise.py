@@ -116,13 +116,15 @@ def swap(ds: Dataset, fraction: float = 0.2, seed: int = 0, *, format: Format | 
     """
     targets = _targets(ds, format)
     rows = random.Random(seed).sample(range(len(ds)), _wanted(ds, fraction))
-    counts = Counter(targets[i] for i in rows)
+    said: dict[str, str] = {}  # "No." for "no" would be no noise
+    same = {target: said.setdefault(_plain(target) or target, target) for target in sorted({*targets})}
+    counts = Counter(same[targets[i]] for i in rows)
     longest = max(counts.values(), default=0)
     if longest * 2 > len(rows):
         raise ValueError(f"{len(rows)} rows are to exchange targets but {longest} of them have the same one")
     # With equal targets side by side, a shift by the longest block of equals gives each row another target.
     places = {t: place for place, t in enumerate(random.Random(seed).sample(sorted(counts), len(counts)))}
-    rows.sort(key=lambda i: places[targets[i]])
+    rows.sort(key=lambda i: places[same[targets[i]]])
     partner = {i: targets[rows[(p + longest) % len(rows)]] for p, i in enumerate(rows)}
     return _replace(ds, "swap", lambda i: [partner[i]] if i in partner else [], fraction, seed, format)
 

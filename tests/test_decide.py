@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import sys
+import warnings
 
 import datasets
 import numpy as np
@@ -346,3 +347,25 @@ def test_decisions_of_an_older_release_are_not_taken_from_a_cache(monkeypatch):
     assert before == [Hasher.hash(step) for step in (above(0.5), decide(0.5))]
     monkeypatch.setattr(sys.modules["clear_datasets.decide"], "DECISIONS_REVISION", 0)
     assert not set(before) & {Hasher.hash(step) for step in (above(0.5), decide(0.5))}
+
+
+def test_scores_that_tie_at_the_threshold_are_warned_of():
+    with pytest.warns(UserWarning, match="0 of 10 rows lie above 1, where 5 are to: the others tie with it"):
+        assert threshold(Dataset.from_dict({"clear_confidence": [1.0] * 6 + [0.2, 0.4, 0.6, 0.8]})) == 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert threshold(Dataset.from_dict({"clear_confidence": [0.1, 0.5, 0.5, 0.9]}), keep=0.25) == 0.7
+        threshold(Dataset.from_dict({"clear_confidence": [0.5] * 9}), keep=1.0)
+
+
+@pytest.mark.parametrize("column", ["clear_consistency", "clear_reflection"])
+def test_what_is_not_known_of_stopped_rows_is_no_threshold_either(column):
+    ds = Dataset.from_dict(
+        {"clear_confidence": [0.2, 0.8], column: [0.3, 0.9], "clear_least": [0.1, 0.8], "clear_most": [0.3, 0.8]}
+    )
+    with pytest.raises(ValueError, match=f"stopped rows before their {column} was known"):
+        threshold(ds, column=column)
+    with pytest.raises(ValueError, match=f"stopped rows before their {column} was known"):
+        ds.filter(above(0.5, column=column))
+    assert threshold(ds.select([1]), keep=1, column=column) < 0.9
+    assert threshold(ds.rename_column(column, "mine"), column="mine") == 0.6

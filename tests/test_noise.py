@@ -122,3 +122,12 @@ def test_noise_on_noise_is_refused():
 def test_too_few_rows_that_can_be_made_wrong():
     with pytest.raises(ValueError, match="20 of 20 rows are to get corrupt_json, but only 0 can"):
         noise.corrupt_json(SQUAD.select(range(20)), fraction=1)
+
+
+def test_swap_gives_no_row_what_says_the_same():
+    ds = Dataset.from_list(
+        [{"prompt": f"{i}?", "response": r} for i, r in enumerate(["no", "No.", "Yes.", "yes", "!", "?"] * 4)]
+    )
+    for seed in range(5):
+        for row in noise.swap(ds, fraction=1, seed=seed):
+            assert row["response"].lower().strip(".") != row["noise_original"].lower().strip(".")
