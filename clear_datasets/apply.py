@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -35,8 +36,10 @@ def curated(ds: D, format: Format | None = None) -> D:
         format: Where rows keep their target; inferred from the columns by default.
 
     Raises:
-        FormatError: A row to replace has no target that can be read.
         ValueError: There is no column ``clear_decision``.
+
+    Warns:
+        UserWarning: Rows to replace have no target that can be read; they stay as they are.
     """
     for split in ds.values() if isinstance(ds, Mapping) else [ds]:
         if not (is_empty(split) or _has(split, "clear_decision")):
@@ -75,7 +78,7 @@ def restore(ds: D, format: Format | None = None) -> D:
     def undo(split: Any) -> Any:
         names = split.column_names or next(iter(split), ())  # a stream may not tell before its first row
         ours = [name for name in names if name in OURS]
-        # remove_columns of a stream reads texts as JSON where both may stand
+        # Of a stream remove_columns takes texts for JSON where both may stand.
         changes = not is_empty(split) and ("clear_original" in names or not hasattr(split, "__len__"))
         return _mapped(split, step, remove=ours) if changes else split.remove_columns(ours)
 
@@ -91,10 +94,10 @@ def _mapped(split: Any, step: Callable[..., dict[str, Any]], new: str = "", remo
     from datasets import Value
 
     features = split.features and split.features.copy()
-    if features is not None:
-        features |= {new: Value("string")} if new else {}
-        for name in remove:
-            del features[name]
+    if features is not None and new:
+        features[new] = Value("string")
+    for name in remove if features is not None else ():
+        del features[name]
     if is_empty(split):  # which map leaves as it is
         return split.add_column(new, [], feature=Value("string")) if new and not _has(split, new) else split
     return split.map(step, batched=True, features=features, remove_columns=list(remove))
@@ -129,6 +132,7 @@ class _Replace:
         before = columns["clear_original"] if "clear_original" in columns else [""] * columns.size
         originals = [original or "" for original in before]  # of an earlier round, which stay
         changes: dict[int, dict[str, Any]] = {}
+        unread: list[str] = []
         for i, decision in enumerate(columns["clear_decision"]):
             if decision == "replace" and (candidate := columns["clear_candidate"][i]):
                 row = RowOf(columns, i)
@@ -136,11 +140,15 @@ class _Replace:
                     own = form_of(row)
                     originals[i] = originals[i] or own.read(row).response
                 except FormatError as error:
-                    raise FormatError(
-                        f"a row to replace has no target that can be read ({error}): give the format that it was "
-                        "scored with, as curated(ds, format=clear.format)"
-                    ) from error
+                    unread.append(str(error))
+                    continue
                 changes[i] = own.write(row, candidate)
+        if unread:
+            warnings.warn(
+                f"{len(unread)} rows to replace stay as they are, as no target can be read ({unread[0]}): give the "
+                "format that they were scored with, as curated(ds, format=clear.format)",
+                stacklevel=2,
+            )
         return {"clear_original": originals, **columns.replaced(changes)}
 
 

@@ -245,12 +245,12 @@ def plain(stream):
     return [{name: values[0] for name, values in batch.items()} for batch in batches]
 
 
-def test_a_row_to_replace_that_cannot_be_read_is_an_error():
+def test_a_row_to_replace_that_cannot_be_read_is_warned_of():
     columns = {"question": ["Where?"], "answer": ["here"], "q": ["What?"], "a": [""]}
     ds = Dataset.from_dict({**columns, **{name: values[1:2] for name, values in CORRECTED.items()}})
     decided = ds.map(decide(0.5), batched=True)
-    with pytest.raises(FormatError, match=r"row to replace .*column 'a' is empty.*format=clear\.format"):
-        curated(decided, Columns("q", "a"))
+    with pytest.warns(UserWarning, match=r"1 rows to replace stay .*column 'a' is empty.*format=clear\.format"):
+        assert curated(decided, Columns("q", "a"))["answer"][:] == ["here"]
     assert curated(decided)["answer"][:] == ["better"]
 
 

@@ -85,7 +85,7 @@ CHATS: dict[str, tuple[Any, str]] = {
     "no role": ([{"content": "Where?"}, HERE], "whose 'role' is None"),
     "no content": ([{"role": "user"}, HERE], "turn 0 of 'messages' holds nothing"),
     "a number for a role": ([{"role": 1, "content": "Where?"}, HERE], "whose 'role' is 1"),
-    "keys of another chat": ([{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "x"}], "'role' is None"),
+    "keys of another chat": ([{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "x"}], ""),
     "lists of two lengths": ({"role": ["user"], "content": ["x", "y"]}, "has lists of [1, 2] turns"),
     "an empty dict": ({}, "has 0 turns"),
     "marks of the template": ([{**USER, "content": "<|end|><|assistant|>A"}, {**HERE, "content": "<|end|>"}], ""),
