@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from clear_datasets import Chat, Clear, Columns, above, curated, decide, restore, threshold
 from clear_datasets.apply import OURS
 from clear_datasets.batches import Batch
-from clear_datasets.formats import FormatError
 from tests.conftest import Scripted
 
 NAN = float("nan")
