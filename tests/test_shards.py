@@ -18,7 +18,7 @@ from clear_datasets.files import write, write_folder
 from clear_datasets.reading import load
 from clear_datasets.stages import Stages, train_writer
 from tests.conftest import Scripted
-from tests.test_cli import ROWS, command, run, tiny  # noqa: F401 - a fixture
+from tests.test_cli import ROWS, command, here, tiny  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def scored(tiny, tmp_path_factory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("parts")
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     for i, name in enumerate("cba"):
-        done = run("score", folder / "train.jsonl", "-o", folder / f"part-{name}.parquet", "-m", tiny, "-k", "1",
-                   "--shard", f"{i}/3", CLEAR_CACHE=str(folder / "answers"))  # fmt: skip
+        done = here("score", folder / "train.jsonl", "-o", folder / f"part-{name}.parquet", "-m", tiny, "-k", "1",
+                    "--shard", f"{i}/3", CLEAR_CACHE=str(folder / "answers"))  # fmt: skip
         assert done.returncode == 0, done.stderr
-    done = run("score", folder / "train.jsonl", "-o", folder / "whole.parquet", "-m", tiny, "-k", "1",
-               CLEAR_CACHE=str(folder / "none"))  # fmt: skip
+    done = here("score", folder / "train.jsonl", "-o", folder / "whole.parquet", "-m", tiny, "-k", "1",
+                CLEAR_CACHE=str(folder / "none"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "9 from an earlier run" in done.stderr  # the parts share the folder of the whole
     return folder

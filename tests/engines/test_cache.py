@@ -30,7 +30,7 @@ from clear_datasets.engines.transformers import Transformers
 from clear_datasets.engines.vllm import VLLM
 from clear_datasets.stages import Stages
 from tests.conftest import Scripted, make_tiny
-from tests.test_cli import run
+from tests.test_cli import here, run
 
 ROWS = {"question": [f"Where is {i}?" for i in range(20)], "answer": [f"at {i}" for i in range(20)]}
 SCORES = ("clear_confidence", "clear_consistency", "clear_reflection")
@@ -383,11 +383,11 @@ def test_the_command_line_shows_and_deletes(asked, answers):
     assert f"180 answers in {answers / NAME}" in shown.stdout
     with sqlite3.connect(answers / NAME) as connection:
         connection.execute("UPDATE answers SET used = used - 40 * 86400 WHERE number > 0")
-    assert "deleted 80 answers" in run("cache", "prune", "--older-than", "30d").stdout
-    wrong = run("cache", "prune", "--older-than", "a month")
+    assert "deleted 80 answers" in here("cache", "prune", "--older-than", "30d").stdout
+    wrong = here("cache", "prune", "--older-than", "a month")
     assert (wrong.returncode, "expected a number of hours, days or weeks" in wrong.stderr) == (2, True)
-    assert "deleted 100 answers" in run("cache", "clear", "--yes").stdout
-    assert "0 answers in" in run("cache", "info").stdout
+    assert "deleted 100 answers" in here("cache", "clear", "--yes").stdout
+    assert "0 answers in" in here("cache", "info").stdout
     asked.clear()
     Clear(engine=Counting()).score(ROWS)
     assert asked["samples"] == 100
