@@ -134,7 +134,9 @@ class _Round:
                 self._tell(span, added)
                 if len(failed) >= min(replicas, _room(stages.gpus or 0.0)) and min(failed.values()) > 2:
                     raise added
-        except ray.exceptions.RayActorError:  # too many have died: the others of the round were not tried
+        except ray.exceptions.RayActorError as problem:  # too many have died: the others of the round were not tried
+            said = [line.strip() for line in str(problem).splitlines() if "Error:" in line]
+            self.error = EngineError("; ".join([str(self.error), *said[-1:]]))
             return
         self.died = set(self.left) - seen
         if self.died:
@@ -159,8 +161,8 @@ def _asked(
 
     with _quiet(4 * replicas), _noting_silence() as noted:
         blocks = ray.data.from_arrow_refs([ray.put(block(rows, *batch)) for batch in batches])
-        # One batch at each: what waited behind a long one would be the last to be done, while others have none.
-        pool = ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=1)
+        # What waits behind a long batch is done last, while others have none; short ones must not wait for the next.
+        pool = ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=1 if gpus else None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of max_task_retries, which has no other name yet
             done = blocks.map_batches(
