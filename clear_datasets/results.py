@@ -191,12 +191,12 @@ def settings_file(out: Path) -> Path:
 
 def shard_file(out: Path) -> Path:
     """Where ``score --shard`` keeps which part of the rows OUT is."""
-    return out.with_name(out.name + SHARD)
+    return out.parent / f"{out.name}{SHARD}"
 
 
 def audit_file(out: Path) -> Path:
     """Where `curate` keeps all rows with their scores and decisions."""
-    return out.with_name(out.name + ".audit.parquet")
+    return out.parent / f"{out.name}.audit.parquet"
 
 
 def _audit(out: Path) -> Dataset:
