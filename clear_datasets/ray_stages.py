@@ -183,14 +183,14 @@ def _fitting(replicas: Replicas, usual: int, gpus: float | None) -> tuple[int, f
     import ray
 
     has = ray.cluster_resources()
-    all_gpus = has.get("GPU", 0)
+    cpus, all_gpus = int(has.get("CPU", 0)), has.get("GPU", 0)
     if gpus is None:
         gpus = float(usual) if all_gpus else 0.0
     fit = _room(gpus)
     if not fit:
         raise ValueError(
-            f"the cluster has {int(has.get('CPU', 0))} CPUs and {all_gpus:g} GPUs, a replica takes 1 and {gpus:g}: add "
-            "machines, or give a smaller gpus_per_replica"
+            f"the cluster has {cpus} CPUs and {all_gpus:g} GPUs, a replica takes 1 and {gpus:g}: add machines, or "
+            "give a smaller gpus_per_replica"
         )
     if replicas == "auto":
         return (fit if gpus else min(fit, _machines())), gpus
@@ -219,7 +219,9 @@ def _machines() -> int:
 
 def _check_share(engine: Engine | None, gpus: float | None) -> None:
     """Refuse replicas that share a GPU, each with an engine that takes most of it."""
-    takes = 0.9 if engine is None else getattr(engine, "gpu_memory_utilization", 0.0)
+    from clear_datasets.engines.vllm import VLLM
+
+    takes = getattr(VLLM if engine is None else engine, "gpu_memory_utilization", 0.0)
     if gpus and gpus < takes:
         raise ValueError(
             f"gpus_per_replica is {gpus:g}, and the engine takes {takes:g} of a GPU's memory: give "
@@ -284,10 +286,7 @@ def _quiet(deaths: int) -> Iterator[None]:
 
     context, log = DataContext.get_current(), logging.getLogger("ray.data")
     old, level = (context.enable_progress_bars, context.max_errored_blocks), log.level
-    context.enable_progress_bars, context.max_errored_blocks = (
-        False,
-        deaths,
-    )  # a batch that is lost is seen to be missing
+    context.enable_progress_bars, context.max_errored_blocks = False, deaths  # what is lost is seen to be missing
     log.setLevel(logging.CRITICAL)  # what was lost is said by us, without its traceback
     try:
         yield
